@@ -1,0 +1,635 @@
+"""scorer.py: the module against a second implementation, the equations against slow ones, the files against bad input.
+
+    python -m pytest tests/test_scorer.py
+"""
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+import scorer as S
+
+SMALL = dict(image_size=28, patch_size=14, width=24, layers=2, head_width=8, mlp_ratio=2.5, context=16, vocab=600,
+             text_heads=3, text_layers=2)
+SQUARE = S.EvaClipConfig(embed_dim=24, text_width=24, **SMALL)   # text_projection square: transposed it still fits
+OBLONG = S.EvaClipConfig(embed_dim=16, text_width=24, **SMALL)
+
+
+def random_model(config, seed=0):
+    """Every parameter random, norms and biases too: at their usual 1 and 0 a forgotten one would not show."""
+    model = S.EvaClip(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    S.EvaClip(OBLONG).init_weights(3).save(path)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------- a second EVA-CLIP, written for comparison
+
+def slow_attention(q, k, v, heads, causal):
+    """Softmax attention of one sequence [T, width], head by head and position by position."""
+    t, width = q.shape
+    d = width // heads
+    out = torch.zeros(t, width)
+    for h in range(heads):
+        part = slice(h * d, (h + 1) * d)
+        for i in range(t):
+            seen = i + 1 if causal else t
+            logits = torch.stack([torch.dot(q[i, part], k[j, part]) / math.sqrt(d) for j in range(seen)])
+            weights = torch.exp(logits - logits.max()) / torch.exp(logits - logits.max()).sum()
+            out[i, part] = sum(weights[j] * v[j, part] for j in range(seen))
+    return out
+
+
+def exact_gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def rms(x, w):
+    return w * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+def layer_norm(x, w, b):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-5) * w + b
+
+
+def slow_image(p, config, pixels):
+    """One image [3, H, W] -> [D], from the tensors by name."""
+    size, tokens = config.patch_size, []
+    for top in range(0, pixels.shape[1], size):
+        for left in range(0, pixels.shape[2], size):
+            patch = pixels[:, top:top + size, left:left + size]
+            kernel = p["visual.patch_embed.proj.weight"]
+            tokens.append((kernel * patch).sum((1, 2, 3)) + p["visual.patch_embed.proj.bias"])
+    x = torch.stack([p["visual.cls_token"][0, 0], *tokens]) + p["visual.pos_embed"][0]
+    width = config.width
+    for i in range(config.layers):
+        b = {name.removeprefix(f"visual.blocks.{i}."): t for name, t in p.items() if f"visual.blocks.{i}." in name}
+
+        def attention(y, b=b):
+            q, k, v = (y @ b["attn.qkv.weight"][n * width:(n + 1) * width].T for n in range(3))
+            attended = slow_attention(q, k, v, width // config.head_width, False)
+            return attended @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+
+        def mlp(y, b=b):
+            return exact_gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]) @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
+
+        if config.postnorm:
+            x = x + rms(attention(x), b["norm1.weight"])
+            x = x + rms(mlp(x), b["norm2.weight"])
+        else:
+            x = x + attention(rms(x, b["norm1.weight"]))
+            x = x + mlp(rms(x, b["norm2.weight"]))
+    return p["visual.head.weight"] @ rms(x, p["visual.norm.weight"])[0]
+
+
+def slow_text(p, config, ids):
+    """One text, ids [T] -> [D]."""
+    x = torch.stack([p["text.token_embedding.weight"][i] for i in ids]) + p["text.positional_embedding"][:len(ids)]
+    width = config.text_width
+    for i in range(config.text_layers):
+        start = f"text.transformer.resblocks.{i}."
+        b = {name.removeprefix(start): t for name, t in p.items() if name.startswith(start)}
+        y = layer_norm(x, b["ln_1.weight"], b["ln_1.bias"])
+        q, k, v = (y @ b["attn.in_proj_weight"][n * width:(n + 1) * width].T
+                   + b["attn.in_proj_bias"][n * width:(n + 1) * width] for n in range(3))
+        attended = slow_attention(q, k, v, config.text_heads, True)
+        x = x + attended @ b["attn.out_proj.weight"].T + b["attn.out_proj.bias"]
+        y = layer_norm(x, b["ln_2.weight"], b["ln_2.bias"])
+        hidden = exact_gelu(y @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"])
+        x = x + hidden @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
+    end = max(range(len(ids)), key=lambda n: (ids[n], -n))  # first position of the largest id
+    x = layer_norm(x, p["text.ln_final.weight"], p["text.ln_final.bias"])[end]
+    return sum(x[n] * p["text.text_projection"][n] for n in range(width))  # (in, out)
+
+
+POSTNORM = S.EvaClipConfig(embed_dim=16, text_width=24, postnorm=True, **SMALL)
+WIDE = S.EvaClipConfig(embed_dim=16, text_width=24, **{**SMALL, "image_size": (28, 42)})
+
+
+@pytest.mark.parametrize("config", [SQUARE, OBLONG, POSTNORM, WIDE], ids=["square", "oblong", "postnorm", "wide"])
+@torch.no_grad()
+def test_module_equals_second_implementation(config):
+    model = random_model(config)
+    p = dict(model.named_parameters())
+    pixels = torch.randn(3, 3, *config.image_hw, generator=torch.Generator().manual_seed(1))
+    got, want = model.encode_image(pixels), torch.stack([slow_image(p, config, image) for image in pixels])
+    assert got.shape == (3, config.embed_dim)
+    assert torch.allclose(got, want, atol=1e-5 * want.abs().max().item()), (got - want).abs().max()
+    ids = torch.tensor([[598, 5, 9, 599, 0, 0], [598, 599, 599, 7, 599, 1], [598, 1, 2, 3, 4, 599]])
+    got, want = model.encode_text(ids), torch.stack([slow_text(p, config, row.tolist()) for row in ids])
+    assert got.shape == (3, config.embed_dim)
+    assert torch.allclose(got, want, atol=1e-5 * want.abs().max().item()), (got - want).abs().max()
+
+
+def test_parameter_names_and_shapes_are_the_checkpoints():
+    """The 8B model, on the meta device: the released file has 684 tensors and 8,220,748,545 numbers."""
+    with torch.device("meta"):
+        model = S.EvaClip(S.EvaClipConfig())
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert len(shapes) == 684
+    assert sum(math.prod(shape) for shape in shapes.values()) == 8_220_748_545
+    assert shapes["visual.blocks.31.attn.qkv.weight"] == (12288, 4096)
+    assert "visual.blocks.31.attn.qkv.bias" not in shapes and "visual.head.bias" not in shapes
+    assert shapes["visual.patch_embed.proj.weight"] == (4096, 3, 14, 14)
+    assert shapes["visual.pos_embed"] == (1, 257, 4096)
+    assert shapes["text.transformer.resblocks.0.attn.in_proj_weight"] == (3840, 1280)
+    assert shapes["text.transformer.resblocks.31.mlp.c_fc.bias"] == (5120,)
+    assert shapes["text.text_projection"] == (1280, 1280)
+
+
+def test_rmsnorm_casts_before_the_weight():
+    norm = S.RMSNorm(64).to(torch.bfloat16)
+    x = (torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * 30).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.3, 3, 64))
+        got = norm(x)
+    exact = x.float() * torch.rsqrt((x.float() ** 2).mean(-1, keepdim=True) + 1e-6)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, norm.weight * exact.to(torch.bfloat16))
+    assert not torch.equal(got, (norm.weight.float() * exact).to(torch.bfloat16))  # the other order does differ
+    assert S.RMSNorm(64)(x.float()).dtype == torch.float32
+    # 300^2 overflows float16, so the variance must be taken in float32.
+    assert torch.isfinite(S.RMSNorm(64).half()(torch.full((1, 64), 300.0, dtype=torch.float16))).all()
+
+
+@torch.no_grad()
+def test_epsilons():
+    """They differ between the towers and only show on small activations, so not in the comparison above."""
+    # mean(x^2) = 1e-6, so 1e-3 / sqrt(1e-6 + 1e-6) = .70711
+    assert S.RMSNorm(2)(torch.full((1, 2), 1e-3)).tolist() == [pytest.approx([0.5 ** 0.5] * 2, abs=1e-5)]
+    block = S.EvaClip(OBLONG).text.transformer.resblocks[0]
+    # mean 0, variance 1e-5, so sqrt(1e-5) / sqrt(1e-5 + 1e-5)
+    x = torch.tensor([[1e-5 ** 0.5, -(1e-5 ** 0.5)] * 12])
+    assert block.ln_1(x)[0, :2].tolist() == pytest.approx([0.5 ** 0.5, -(0.5 ** 0.5)], abs=1e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_stays_close():
+    model = random_model(OBLONG)
+    pixels = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    exact, low = model.encode_image(pixels), model.to(torch.bfloat16).encode_image(pixels)
+    assert low.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact, low.float()).min() > 0.999
+
+
+@torch.no_grad()
+def test_what_follows_the_end_is_irrelevant():
+    model = random_model(OBLONG)
+    features = model.encode_text(torch.tensor([[598, 5, 9, 599, 0, 0], [598, 5, 9, 599, 599, 7]]))
+    short = model.encode_text(torch.tensor([[598, 5, 9, 599]]))
+    assert torch.allclose(features, short.expand(2, -1), atol=1e-5)
+    assert not torch.allclose(short, model.encode_text(torch.tensor([[598, 9, 5, 599]])), atol=1e-2)
+
+
+def test_wrong_sizes_are_named():
+    model = random_model(OBLONG)
+    with pytest.raises(ValueError, match=r"\[B, 3, 28, 28\], got \[1, 3, 28, 42\]"):
+        model.encode_image(torch.zeros(1, 3, 28, 42))
+    with pytest.raises(ValueError, match="17 tokens, but only 16 positions"):
+        model.encode_text(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="image_size 30 is no multiple of patch_size 14"):
+        S.EvaClipConfig(image_size=30)
+    with pytest.raises(ValueError, match="text_width 10 is no multiple of text_heads 3"):
+        S.EvaClipConfig(text_width=10, text_heads=3)
+
+
+def test_init_weights_trains_and_repeats():
+    torch.manual_seed(1)
+    first = S.EvaClip(OBLONG).init_weights(7)
+    torch.manual_seed(2)
+    second, other = S.EvaClip(OBLONG).init_weights(7), S.EvaClip(OBLONG).init_weights(8)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.visual.head.weight, other.visual.head.weight)
+    pixels, ids = torch.randn(4, 3, 28, 28), torch.tensor([[598, 5, 9, 599]] * 4)
+    image, text = first.encode_image(pixels), first.encode_text(ids)
+    (image @ text.T * first.logit_scale.exp()).square().mean().backward()
+    for name, p in first.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
+
+
+# ------------------------------------------------------------------------------------------------------- save and load
+
+def test_save_and_load(tmp_path):
+    model = random_model(WIDE)
+    model.save(tmp_path / "m")
+    loaded = S.EvaClip.load(tmp_path / "m")
+    assert loaded.config == WIDE and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert all(p.requires_grad for p in loaded.parameters())  # can be trained on
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]  # no temporary file is left
+    model.save(tmp_path / "half", torch.bfloat16)
+    kept = S.EvaClip.load(tmp_path / "half")
+    wide = S.EvaClip.load(tmp_path / "half/model.safetensors", dtype=torch.float32)  # the file instead of the folder
+    assert kept.visual.cls_token.dtype == torch.bfloat16 and wide.visual.cls_token.dtype == torch.float32
+    assert torch.equal(wide.visual.head.weight, model.visual.head.weight.to(torch.bfloat16).float())
+
+
+def test_load_names_what_is_wrong(tmp_path, folder):
+    def broken(change):
+        copy = tmp_path / "broken"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        return copy
+
+    def config(change):
+        def edit(copy):
+            content = json.loads((copy / "config.json").read_text())
+            change(content)
+            (copy / "config.json").write_text(json.dumps(content))
+        return edit
+
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        S.EvaClip.load(broken(lambda copy: (copy / "model.safetensors").unlink()))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        S.EvaClip.load(broken(lambda copy: (copy / "config.json").unlink()))
+    with pytest.raises(ValueError, match="model_type 'clip' is not 'eva_clip'"):
+        S.EvaClip.load(broken(config(lambda c: c.update(model_type="clip"))))
+    with pytest.raises(ValueError, match=r"unknown settings \['qkv_bias'\]"):
+        S.EvaClip.load(broken(config(lambda c: c["config"].update(qkv_bias=True))))
+    with pytest.raises(ValueError, match="model.safetensors: 1 tensors .*'text.text_projection'"):
+        S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.pop("text.text_projection"))))
+    with pytest.raises(ValueError, match="'vision_model.x'"):
+        S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.update({"vision_model.x": torch.zeros(1)}))))
+    with pytest.raises(ValueError, match="2 tensors .*'text.text_projection', 'visual.head.weight'"):
+        S.EvaClip.load(broken(config(lambda c: c["config"].update(embed_dim=8))))
+    loaded = S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.pop("logit_scale"))))
+    assert loaded.logit_scale.item() == pytest.approx(math.log(100))  # optional in released checkpoints
+
+
+def resave(copy, change):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors")
+
+
+def test_load_scorer(folder, tmp_path):
+    scorer = S.load_scorer(folder)
+    scorer.batch_size = 3  # 5 items: a full batch and a rest
+    assert scorer.dim == 16 and scorer.name == folder
+    images = [Image.new("RGB", (30 + i, 50), (40 * i, 10, 200)) for i in range(5)]
+    got = scorer.image_features(images)
+    assert got.dtype == np.float32 and got.shape == (5, 16)
+    with torch.no_grad():
+        want = scorer.model.encode_image(torch.stack([S.preprocess(image, 28) for image in images])).numpy()
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    texts = ["a beetle", "", "the long history of the old stone bridge over the river " * 4, "x", "ab"]
+    got = scorer.text_features(texts)  # cut after the last end of the batch: must equal the full width
+    with torch.no_grad():
+        want = scorer.model.encode_text(scorer.tokenizer(texts)).numpy()
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert scorer.image_features([]).shape == (0, 16)
+
+
+def test_identity_is_of_content(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "tiny")
+    identity = S.load_scorer(folder).identity
+    assert identity.startswith("tiny@") and len(identity) == len("tiny@") + 12
+    assert S.load_scorer(str(tmp_path / "tiny") + "/").identity == identity  # another place, a slash: the same model
+    config = json.loads((tmp_path / "tiny/config.json").read_text())
+    config["config"]["postnorm"] = True  # changes every feature and no weight
+    (tmp_path / "tiny/config.json").write_text(json.dumps(config))
+    assert S.load_scorer(str(tmp_path / "tiny")).identity != identity
+
+
+def test_unknown_scorer(tmp_path):
+    with pytest.raises(ValueError, match="unknown scorer 'no/such-model': known are local folders"):
+        S.load_scorer("no/such-model")
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        S.load_scorer(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------ text and pixels
+
+AWKWARD = ["", "  A  beetle,\n\tspotted! ", "it's 12.5 km -- no?", "caf\u00e9 na\u00efve \u00fcber",
+           "\u6771\u4eac \u5854 \U0001f41e", "&amp;amp; &lt;b&gt;", "a\u0301 \ufb01ne \u2019quote\u2019", "\x00\x07",
+           "word " * 200, "<end_of_text> <start_of_text>"]
+
+
+def test_tokens_are_open_clips():
+    open_clip = pytest.importorskip("open_clip")
+    assert torch.equal(S.Tokenizer()(AWKWARD), open_clip.get_tokenizer("ViT-B-32")(AWKWARD))
+
+
+def test_short_context_and_small_vocabulary():
+    full = S.Tokenizer()
+    cut = S.Tokenizer(context=8)(["word " * 200, "a b"])
+    assert cut.shape == (2, 8) and cut[0, -1] == 49407 and cut[0, 0] == 49406
+    assert cut[1].tolist() == full(["a b"])[0, :8].tolist()
+    small = S.Tokenizer(vocab=600, context=77)
+    ids = small(AWKWARD)
+    assert ids.max() == 599 and (ids[:, 0] == 598).all()  # start and end are the two last rows of the table
+    for row, text in zip(ids, AWKWARD[:-2], strict=False):  # the last two are cut or hold an end of their own
+        end = row.argmax()  # what encode_text relies on
+        assert row[end] == 599 and (row[end + 1:] == 0).all()
+        # Nothing is lost by the smaller table: its pieces spell the same cleaned text.
+        long = full([text])[0]
+        assert small._bpe.decode(row[1:end].tolist()) == full._bpe.decode(long[1:long.argmax()].tolist())
+    with pytest.raises(ValueError, match="vocab 100"):
+        S.Tokenizer(vocab=100)
+
+
+def photo(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (113, 250), (50, 61), (28, 28), (7, 9), (333, 700), (37, 36), (1, 1),
+                                  (113, 50), (29, 441)])
+def test_preprocess_equals_torchvision(size):
+    recipe = transforms.Compose([transforms.Resize(28, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(28),
+                                 transforms.ToTensor(), transforms.Normalize(S.PIXEL_MEAN, S.PIXEL_STD)])
+    got = S.preprocess(photo(*size), 28)
+    assert got.dtype == torch.float32 and got.shape == (3, 28, 28)
+    assert torch.allclose(got, recipe(photo(*size)), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (28, 28), (56, 60), (64, 48)])
+def test_preprocess_equals_hugging_face(size):
+    """CLIPImageProcessorPil; sizes where the surplus is even, else it centres half a pixel beside torchvision."""
+    processor = pytest.importorskip("transformers").CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    want = np.array(processor(photo(*size))["pixel_values"][0])
+    np.testing.assert_allclose(S.preprocess(photo(*size), 28).numpy(), want, atol=1e-6)
+
+
+def test_preprocess_of_other_modes_and_shapes():
+    palette = photo(40, 40).quantize(16)
+    assert torch.equal(S.preprocess(palette, 28), S.preprocess(palette.convert("RGB"), 28))
+    assert S.preprocess(Image.new("L", (9, 5), 200), 28).shape == (3, 28, 28)
+    assert S.preprocess(photo(90, 40), (28, 42)).shape == (3, 28, 42)
+    # (28, 42) of an 84 x 56 image is exactly half of it: no part is cut away.
+    half = photo(84, 56).resize((42, 28), Image.Resampling.BICUBIC)
+    assert torch.equal(S.preprocess(photo(84, 56), (28, 42)), S.preprocess(half, (28, 42)))
+
+
+def test_preprocess_of_a_sliver():
+    """A box may be 1 pixel wide and 5,000 high: resized whole it would be 28 x 140,000. A grey level is .0146."""
+    for size in ((3, 100), (100, 3)):
+        image = photo(*size)
+        scale = 28 / 3
+        whole = image.resize((int(size[0] * scale), int(size[1] * scale)), Image.Resampling.BICUBIC)
+        left, top = round((whole.width - 28) / 2), round((whole.height - 28) / 2)
+        want = S.preprocess(whole.crop((left, top, left + 28, top + 28)), 28)
+        difference = (S.preprocess(image, 28) - want).abs()
+        assert difference.mean() < 0.0146 and difference.max() < 8 * 0.0146  # half a pixel off would be 13 levels
+    assert S.preprocess(Image.new("RGB", (1, 5000), (255, 0, 0)), 28).shape == (3, 28, 28)
+
+
+def test_read_image(tmp_path):
+    photo(40, 30).save(tmp_path / "a.jpg")
+    assert S.read_image(tmp_path / "a.jpg").size == (40, 30)
+    Image.new("LA", (5, 5)).save(tmp_path / "b.png")
+    assert S.read_image(tmp_path / "b.png").mode == "RGB"
+    with pytest.raises(FileNotFoundError, match="none.jpg is missing"):
+        S.read_image(tmp_path / "none.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    photo(40, 30).save(tmp_path / "c.png")
+    png = (tmp_path / "c.png").read_bytes()
+    for name, content in (("cut.jpg", whole[:len(whole) // 2]), ("text.jpg", b"not an image"), ("empty.jpg", b""),
+                          ("cut.png", png[:len(png) // 2]), ("flip.png", png[:60] + b"\xff" * 40 + png[100:])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            S.read_image(tmp_path / name)
+
+
+# --------------------------------------------------------------------------------------------------------- Eq. 1 to 4
+
+def test_crop():
+    image = Image.fromarray(np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3))  # 8 wide, 6 high
+    pixels = np.array(image)
+    np.testing.assert_array_equal(S.crop(image, (1, 2, 5, 6)), pixels[2:6, 1:5])         # right, bottom exclusive
+    np.testing.assert_array_equal(S.crop(image, (1.9, 2.1, 4.1, 5.5)), pixels[2:6, 1:5])  # outward: floor, ceil
+    np.testing.assert_array_equal(S.crop(image, (-3, -1, 99, 99)), pixels)               # clamped
+    np.testing.assert_array_equal(S.crop(image, (0, 0, 8, 6)), pixels)
+    assert S.crop(image, (3.2, 3.2, 3.3, 3.3)).size == (1, 1)                            # touches one pixel
+    for box in ((4, 2, 4, 5), (5, 2, 4, 5), (0, 3, 4, 3), (0, 0, float("nan"), 3), (0, 0, float("inf"), 3)):
+        with pytest.raises(ValueError, match="empty or not finite"):
+            S.crop(image, box)
+    for box in ((8, 0, 9, 3), (-5, 0, 0, 3), (0, 6, 3, 7)):
+        with pytest.raises(ValueError, match="outside the image of 8 x 6"):
+            S.crop(image, box)
+
+
+def test_fuse_by_hand():
+    """(3, 0) + (0, 4) = (3, 4), length 5. Normalised first it would be (.707, .707)."""
+    np.testing.assert_allclose(S.fuse([[3, 0]], [[0, 4]]), [[0.6, 0.8]], atol=1e-7)
+    np.testing.assert_allclose(S.fuse([[3, 0]], [[0, 0]]), [[1, 0]])  # a row of zeros: no text
+    np.testing.assert_allclose(S.fuse([[0, 2]]), [[0, 1]])            # no text at all
+    assert S.normalise(np.full((1, 2), 300, np.float16)).dtype == np.float32
+    half = S.fuse(np.full((1, 2), 300, np.float16), np.zeros((1, 2), np.float16))  # 300^2 is beyond float16
+    np.testing.assert_allclose(half, [[0.5 ** 0.5] * 2], atol=1e-7)
+    for bad in ([[0, 0]], [[np.nan, 1]], [[np.inf, 1]]):
+        with pytest.raises(ValueError, match="1 of 1 feature vectors are zero or not finite"):
+            S.fuse(bad)
+
+
+def test_scores_equal_the_slow_formula():
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(2, 5, 7)).astype(np.float16)  # [K, D]
+    views = rng.normal(size=(3, 7)).astype(np.float32) * 9       # [N, D]
+    got = S.scores(views, S.fuse(image, text))
+    assert got.shape == (3, 5) and got.dtype == np.float32
+    for n in range(3):
+        for k in range(5):
+            total = [float(a) + float(b) for a, b in zip(image[k], text[k], strict=True)]
+            dot = sum(float(q) * v for q, v in zip(views[n], total, strict=True))
+            want = dot / math.sqrt(sum(float(q) ** 2 for q in views[n])) / math.sqrt(sum(v ** 2 for v in total))
+            assert got[n, k] == pytest.approx(want, abs=1e-6)
+    one = S.scores(views[1], S.fuse(image, text))  # a single query [D]
+    assert one.shape == (5,)
+    np.testing.assert_allclose(one, got[1], atol=1e-6)
+    pools = np.stack([S.fuse(image, text)] * 3)    # a pool of its own for every query
+    np.testing.assert_allclose(S.scores(views, pools), got, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- pool files
+
+def query(i=0, **changes):
+    fields = dict(query_id=f"q{i}", image="img/a.png", question="What is \u201cthis\u201d?", pool=[2, 0, 1],
+                  pool_image=[3, 0, 2], labels=[0, 1, 0], retrieval=[0.9, 0.5, 0.25])
+    return S.Query(**{**fields, **changes})
+
+
+def test_pool_round_trip(tmp_path):
+    path = str(tmp_path / "p.jsonl")
+    queries = [query(0), query(1, retrieval=[1, 0.5, -0.25])]
+    S.write_pool(path, queries)
+    got = S.read_pool(path)
+    assert [q.row for q in got] == [0, 1]
+    for q in got:
+        q.row = -1
+    assert got == queries and os.listdir(tmp_path) == ["p.jsonl"]
+
+
+BAD = {
+    "labels has 2 entries, pool 3": {"labels": [0, 1]},
+    "pool_image has 4 entries, pool 3": {"pool_image": [0, 1, 2, 3]},
+    "the pool has 2 candidates, the first line's has 3": {"pool": [0, 1], "pool_image": [0, 1], "labels": [0, 1],
+                                                          "retrieval": [0.1, 0]},
+    "an entity is in the pool twice": {"pool": [0, 0, 1]},
+    "must not be negative": {"pool": [0, -1, 1]},
+    "labels must be 0 or 1": {"labels": [0, 2, 0]},
+    "labels must be a list of whole numbers": {"labels": [False, True, False]},
+    "pool must be a list of whole numbers": {"pool": [0.5, 1, 2]},
+    "retrieval must be a list of numbers": {"retrieval": ["a", 0.1, 0]},
+    "retrieval must be finite": {"retrieval": [float("nan"), 0.1, 0]},
+    "question must be a text": {"question": ""},
+    "query_id must be a text": {"query_id": 5},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_pool_lines(tmp_path, message):
+    path = str(tmp_path / "p.jsonl")
+    fields = {**vars(query(1)), **BAD[message]}
+    del fields["row"]
+    good = {k: v for k, v in vars(query(0)).items() if k != "row"}
+    with open(path, "w") as file:
+        file.write(json.dumps(good) + "\n" + json.dumps(fields) + "\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: .*" + message):
+        S.read_pool(path)
+    with pytest.raises(ValueError, match=r":2: .*" + message):  # the writer refuses it too ...
+        S.write_pool(str(tmp_path / "w.jsonl"), [query(0), query(1, **BAD[message])])
+    assert not os.path.exists(tmp_path / "w.jsonl")             # ... and leaves no half file under the real name
+
+
+def test_cut_and_foreign_pool_lines(tmp_path):
+    path = tmp_path / "p.jsonl"
+    S.write_pool(str(path), [query(0), query(1)])
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: not JSON .* run prepare.py again"):
+        S.read_pool(str(path))
+    path.write_text('{"query_id": "a"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: a query has exactly the fields"):
+        S.read_pool(str(path))
+
+
+def test_replacing_keeps_the_old_file(tmp_path):
+    path = str(tmp_path / "x.json")
+    S.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        S.write_json(path, {"a": object()})
+    with open(path) as file:
+        assert json.load(file) == {"a": 1}
+    with pytest.raises(ValueError, match="x.npy: 1 values are not finite in float16"):
+        S.write_array(str(tmp_path / "x.npy"), np.array([1, np.inf], np.float16))
+    S.write_array(str(tmp_path / "x.npy"), np.arange(3))
+    assert np.load(tmp_path / "x.npy").tolist() == [0, 1, 2]
+
+
+def write_data(folder):
+    """A data folder by hand: 3 entities, 4 images (two of entity 2), D = 2."""
+    os.makedirs(os.path.join(folder, "../raw/img"), exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
+    Image.new("RGB", (12, 8), (200, 10, 10)).save(os.path.join(folder, "../raw/img/a.png"))
+    entities = [{"entity_id": f"u{j}", "title": f"T\u00e9 {j}", "text": "",
+                 "images": [f"img/{j}_{n}.png" for n in range(1 + (j == 2))]} for j in range(3)]
+    with open(os.path.join(folder, "kb.jsonl"), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entity, ensure_ascii=False) + "\n" for entity in entities)
+    for name, array in (("kb_image", np.array([[3, 0], [0, 1], [1, 1], [2, 0]], np.float16)),
+                        ("kb_text", np.array([[0, 4], [0, 0], [0, 2]], np.float16)),
+                        ("kb_entity", np.array([0, 1, 2, 2], np.int32)),
+                        ("val_full", np.array([[1, 0]] * 2, np.float16))):
+        S.write_array(os.path.join(folder, f"{name}.npy"), array)
+    queries = [query(i, pool=[2, 0, 1], pool_image=[3, 0, 1]) for i in range(2)]
+    S.write_pool(os.path.join(folder, "val.jsonl"), queries)
+    files = {name: {"bytes": os.path.getsize(os.path.join(folder, name)), "sha256": ""} for name in os.listdir(folder)
+             if name != "manifest.json"}
+    S.write_json(os.path.join(folder, "manifest.json"), {
+        "version": S.POOL_VERSION, "dataset": "world", "root": "../raw", "args": {}, "scorer": "tiny@123456789abc",
+        "scorer_name": "mini/scorer", "K": 3, "dim": 2, "splits": {"val": {}}, "kb": {"kept": 3, "images": 4},
+        "files": files})
+    return folder
+
+
+def test_load_data(tmp_path):
+    folder = write_data(str(tmp_path / "data"))
+    data = S.load_data(folder, "val", "tiny@123456789abc")
+    assert len(data) == 2 and data.full.shape == (2, 2) and data.full.dtype == np.float16
+    # Eq. 3 in pool order 2, 0, 1: (2, 0) + (0, 2) -> .707 .707; (3, 0) + (0, 4) -> .6 .8; (0, 1), no text -> 0 1
+    np.testing.assert_allclose(data.candidates(1), [[0.5 ** 0.5] * 2, [0.6, 0.8], [0, 1]], atol=1e-6)
+    assert data.open_image(0).size == (12, 8) and data.open_image(0).mode == "RGB"
+    assert [data.entity(j)["entity_id"] for j in (2, 0, 1)] == ["u2", "u0", "u1"]  # \u00e9 has two bytes
+    assert data.candidate_image_path(3).endswith("raw/img/2_1.png")               # second image of entity 2
+    assert data.candidate_image_path(0).endswith("raw/img/0_0.png")
+    moved = shutil.move(str(tmp_path), str(tmp_path) + "_moved")  # raw and data move together
+    assert S.load_data(os.path.join(moved, "data"), "val").open_image(1).size == (12, 8)
+    assert S.load_data(os.path.join(moved, "data"), "val").identity == data.identity
+
+
+def test_load_data_refuses(tmp_path):
+    folder = write_data(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="prepared with scorer tiny@123456789abc, but other@0 is loaded: use --scorer "
+                                         "mini/scorer"):
+        S.load_data(folder, "val", "other@0")
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['val'\]"):
+        S.load_data(folder, "test")
+    manifest = os.path.join(folder, "manifest.json")
+    os.rename(manifest, manifest + ".away")
+    with pytest.raises(FileNotFoundError, match="manifest.json is missing: .* cut short; run `python prepare.py"):
+        S.load_data(folder, "val")
+    os.rename(manifest + ".away", manifest)
+    with open(os.path.join(folder, "kb_image.npy"), "r+b") as file:
+        file.truncate(130)
+    with pytest.raises(ValueError, match="kb_image.npy: 130 bytes where the manifest says 144"):
+        S.load_data(folder, "val")
+    os.remove(os.path.join(folder, "kb_image.npy"))
+    with pytest.raises(ValueError, match="kb_image.npy: no bytes where the manifest says 144"):
+        S.load_data(folder, "val")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m: m.update(version=0), "version 0, this program reads 1"),
+    (lambda m: m.update(dim=3), r"val_full.npy: shape \(2, 2\), expected \(2, 3\)"),
+    (lambda m: m["kb"].update(kept=2), r"kb_text.npy: shape \(3, 2\), expected \(2, 2\)"),
+    (lambda m: m.update(K=20), r"val.jsonl:1: query 'q0': 3 candidates, the manifest's K is 20")])
+def test_load_data_checks_the_manifest(tmp_path, change, message):
+    folder = write_data(str(tmp_path / "data"))
+    with open(os.path.join(folder, "manifest.json")) as file:
+        manifest = json.load(file)
+    change(manifest)
+    S.write_json(os.path.join(folder, "manifest.json"), manifest)
+    with pytest.raises(ValueError, match=message):
+        S.load_data(folder, "val")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"pool": [9, 0, 1]}, "val.jsonl:2: query 'q1': a candidate is outside the 3 entities and 4 images"),
+    ({"pool_image": [1, 0, 1]}, "val.jsonl:2: query 'q1': pool_image names images of other entities")])
+def test_load_data_checks_the_pools(tmp_path, changes, message):
+    folder = write_data(str(tmp_path / "data"))
+    good = {"pool": [2, 0, 1], "pool_image": [3, 0, 1]}
+    S.write_pool(os.path.join(folder, "val.jsonl"), [query(0, **good), query(1, **{**good, **changes})])
+    with pytest.raises(ValueError, match=message):
+        S.load_data(folder, "val")
+
+
+def test_open_image_names_file_and_line(tmp_path):
+    folder = write_data(str(tmp_path / "data"))
+    data = S.load_data(folder, "val")
+    image = os.path.join(folder, "../raw/img/a.png")
+    with open(image, "r+b") as file:
+        file.truncate(os.path.getsize(image) - 30)  # its end marker alone would not be missed
+    with pytest.raises(ValueError, match=r"a\.png cannot be read.*val\.jsonl:2 \(q1\)"):
+        data.open_image(1)
+    os.remove(image)
+    with pytest.raises(FileNotFoundError, match=r"a\.png is missing.*val\.jsonl:1 \(q0\)"):
+        data.open_image(0)
