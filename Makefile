@@ -1,0 +1,88 @@
+# Region-R1. Two commands do everything, set-up included:
+#
+#     make data train eval      the whole method on the embedded world, to the paper's tables
+#     make test                 all tests
+#
+# Real data:  make data train eval DATASET=evqa ROOT=/where/it/is POLICY=Qwen/Qwen2.5-VL-3B-Instruct SCORER=FOLDER
+#
+# A stage is a real file: it runs once, and again only when the stage before it made its file anew. Source files are no
+# prerequisites, on purpose: a comment mended in policy.py must not throw away a training run. After a change that
+# matters, name a new RUN or `make clean`. The same goes for the flags: SEED=1 is a run of its own by its name, any
+# other change of flags needs its own RUN.
+
+DATASET ?= world
+ROOT ?= raw/$(DATASET)
+POLICY ?= mini/policy
+SCORER ?= mini/scorer
+SEED ?= 0
+RUN ?= $(DATASET)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+PRESET ?= $(if $(filter mini/policy,$(POLICY)),mini,paper)
+WORLD_FLAGS ?=
+PREPARE_FLAGS ?=
+TRAIN_FLAGS ?=
+EVAL_FLAGS ?=
+TEST_FLAGS ?=
+
+PYTHON ?= python3
+VENV ?= .venv
+# To use an environment of your own: make PY=python READY=
+PY ?= $(VENV)/bin/python
+READY ?= $(VENV)/run.stamp
+
+RAW := $(if $(filter world,$(DATASET)),$(ROOT)/test.csv)
+POOLS := data/$(DATASET)/manifest.json
+TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
+TABLES := runs/$(RUN)/eval/metrics.json
+
+.DEFAULT_GOAL := help
+.PHONY: help data train eval test mini clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  variables: DATASET=$(DATASET) ROOT=$(ROOT) POLICY=$(POLICY) SCORER=$(SCORER) RUN=$(RUN) SEED=$(SEED)"
+	@echo "             WORLD_FLAGS PREPARE_FLAGS TRAIN_FLAGS EVAL_FLAGS (see each file's --help), PYTHON=$(PYTHON)"
+
+data: $(POOLS) ## raw data -> embeddings -> index -> candidate pools, in data/$(DATASET)
+
+train: $(TRAINED) ## r-GRPO, in runs/$(RUN); goes on where a killed run stopped
+
+eval: $(TABLES) ## every method on the test split, and the paper's tables, in runs/$(RUN)/eval
+
+test: $(READY:run.stamp=dev.stamp) ## all tests
+	$(PY) -m pytest tests $(TEST_FLAGS)
+
+# The stand-ins are shipped and have no file target: a checkout's time stamps would start an hour of training at random.
+mini: | $(READY) ## build the two stand-in models mini/scorer and mini/policy anew
+	$(PY) -m mini.pretrain
+
+clean: ## remove data/, runs/ and raw/, but not the environment
+	rm -rf data runs raw
+
+# The environment. Stages have it as an order-only prerequisite (after the |): a new version of a package rebuilds the
+# environment, not the data. The stamp comes last, so an install that was cut short is taken up again.
+$(VENV)/run.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else \
+	    "Python 3.10 to 3.12 is needed and this is %d.%d; say for example: make PYTHON=python3.12" % v)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+# The stages. Each writes its target last and by a rename: a stage that was killed has not made it.
+ifeq ($(DATASET),world)
+$(RAW): | $(READY)
+	$(PY) -m mini.world --out $(ROOT) $(WORLD_FLAGS)
+endif
+
+$(POOLS): $(RAW) | $(READY)
+	$(PY) prepare.py --dataset $(DATASET) --root $(ROOT) --scorer $(SCORER) --out data/$(DATASET) $(PREPARE_FLAGS)
+
+$(TRAINED): $(POOLS) | $(READY)
+	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) --run runs/$(RUN) \
+	    --seed $(SEED) $(if $(wildcard runs/$(RUN)/state.pt),--resume) $(TRAIN_FLAGS)
+
+$(TABLES): $(TRAINED) | $(READY)
+	$(PY) evaluate.py --data data/$(DATASET) --run runs/$(RUN) --split test $(EVAL_FLAGS)

@@ -1,0 +1,239 @@
+"""The whole pipeline as a newcomer runs it, with the shipped stand-ins at a tiny size, and what kills it.
+
+A copy of the project lies in a temporary folder and `make data train eval` runs there, with this test's own Python
+instead of a new environment. Then parts of it are killed with SIGKILL at chosen places, and run again.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = "--entities 48 --train 24 --val 6 --test 12 --seed 0"  # a pool needs 20 entities; families have 6
+TRAIN = "--steps 4 --queries 4 --save-every 1 --eval-every 2"  # four steps, resumable after each
+ADAPTER = "runs/world/adapter/adapter_model.safetensors"
+
+# Runs a stage like `python STAGE ...`, but SIGKILL falls right before the COUNT-th rename to a name with MATCH in it:
+# the worst moment, when everything is written and nothing is in place. A timed kill would hit it once in a while.
+KILLER = """
+import os, runpy, signal, sys
+match, count, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+rename, seen = os.replace, []
+def replace(source, target, **keywords):
+    seen.extend([target] if match in str(target) else [])
+    if len(seen) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target, **keywords)
+os.replace = replace
+sys.path.insert(0, os.getcwd())
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(folder, *command):
+    """Run a command in a copy of the project; returns the finished process."""
+    handed_down = re.compile(r"MAKE|MFLAGS|DATASET|ROOT|POLICY|SCORER|SEED|RUN|PRESET|\w+_FLAGS|PY|VENV|READY")
+    env = {name: value for name, value in os.environ.items() if not handed_down.match(name)}
+    # One thread: small matrices gain nothing from more, and equal bytes need an equal order of sums.
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([str(part) for part in command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def make(folder, *targets):
+    return run(folder, "make", f"PY={sys.executable}", "READY=", f"WORLD_FLAGS={WORLD} --workers 1",
+               f"TRAIN_FLAGS={TRAIN}", *targets)
+
+
+def stage(folder, name, *flags):
+    """A stage by hand, with the flags that the Makefile gives it."""
+    return run(folder, sys.executable, *command_line(name, *flags))
+
+
+def killed(folder, match, count, name, *flags):
+    """A stage by hand, killed right before the count-th rename to a name with `match` in it."""
+    process = run(folder, sys.executable, "-c", KILLER, match, count, *command_line(name, *flags))
+    assert process.returncode == -9, f"{name} was to be killed, but: {process.stdout[-500:]}{process.stderr[-2000:]}"
+
+
+def command_line(name, *flags):
+    prepare = ["--dataset", "world", "--root", "raw/world", "--scorer", "mini/scorer", "--out", "data/world"]
+    train = ["--preset", "mini", "--data", "data/world", "--policy", "mini/policy", "--scorer", "mini/scorer",
+             "--run", "runs/world", "--seed", "0", *TRAIN.split()]
+    return [f"{name}.py", *{"prepare": prepare, "train": train}[name], *flags]
+
+
+def ok(process):
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process.stdout
+
+
+def digests(folder, *names):
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def pools(folder):
+    """Names of all finished files of data/world (a killed run may also leave .tmp files)."""
+    files = [path for path in (folder / "data/world").iterdir() if path.suffix != ".tmp"]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def copy(source, target, *parts):
+    for part in parts:
+        (shutil.copytree if (source / part).is_dir() else shutil.copy2)(source / part, target / part)
+    return target
+
+
+def untimed_log(folder):
+    """log.jsonl without what differs between two equal runs: how long it took."""
+    timed = re.compile("second|time|per_s|eta|memory", re.IGNORECASE)
+    lines = [json.loads(line) for line in (folder / "runs/world/log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not timed.search(name)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder where `make data train eval` has run; tests read it and change nothing. -> (folder, printed text)"""
+    folder = tmp_path_factory.mktemp("whole")
+    files = [path.name for path in ROOT.glob("*.py")] + ["Makefile", "mini", "requirements.txt"]
+    copy(ROOT, folder, *files)
+    return folder, ok(make(folder, "data", "train", "eval"))
+
+
+@pytest.fixture
+def fresh(whole, tmp_path):
+    """A new folder with the code, the stand-ins and the raw data of `whole`, nothing prepared or trained."""
+    source, _ = whole
+    files = [path.name for path in source.glob("*.py")] + ["Makefile", "mini"]
+    (tmp_path / "raw").mkdir()
+    return copy(source, tmp_path, *files, "raw/world")
+
+
+def test_make_data_train_eval(whole):
+    folder, printed = whole
+    for name in ("manifest.json", "kb.jsonl", "kb_image.npy", "kb_text.npy", "index.faiss", "train.jsonl",
+                 "train_full.npy", "test.jsonl", "test_full.npy"):
+        assert (folder / "data/world" / name).stat().st_size > 0
+    for name in ("config.json", "log.jsonl", "samples.jsonl", "state.pt", "adapter/adapter_config.json",
+                 "adapter/adapter_model.safetensors", "eval/test.policy.jsonl", "eval/test.policy.trec",
+                 "eval/test.qrels", "eval/test.sheet.png"):
+        assert (folder / "runs/world" / name).stat().st_size > 0
+    assert not list(folder.rglob("*.tmp"))
+    metrics = json.loads((folder / "runs/world/eval/metrics.json").read_text())
+    assert list(metrics["methods"]) == ["full", "random", "center", "zeroshot", "always", "policy", "oracle"]
+    assert metrics["queries"] == 12 and metrics["K"] == 20
+    # These hold for every world and every policy, however little it was trained.
+    rows = metrics["methods"]
+    assert rows["oracle"]["CondR@1"] >= rows["full"]["CondR@1"]
+    assert {row["R@20"] for row in rows.values()} == {metrics["with_positive"] / 12}  # a pool's members never change
+    assert rows["always"]["crop_rate"] == 1 and rows["full"]["crop_rate"] == 0 and rows["always"]["malformed"] == 0
+    for words in ("Table 1", "Table 2", "Table 4", "species", "landmark", "the paper, E-VQA"):
+        assert words in printed
+
+
+def test_training_changed_the_adapter(whole):
+    """B starts at 0, so weights that are not all 0 were learned; and every logged step has finite numbers."""
+    folder, _ = whole
+    tensors = load_file(folder / ADAPTER)
+    assert any(abs(value).max() > 0 for name, value in tensors.items() if "lora_B" in name)
+    lines = [json.loads(line) for line in (folder / "runs/world/log.jsonl").read_text().splitlines()]
+    assert lines and not re.search(r"NaN|Infinity", (folder / "runs/world/log.jsonl").read_text())
+
+
+def test_finished_stages_do_not_run_again(whole):
+    folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert "Nothing to be done for 'eval'" in ok(make(folder, "data", "train", "eval"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    # A source file that changed does not throw a training run away.
+    os.utime(folder / "policy.py")
+    assert "Nothing to be done for 'train'" in ok(make(folder, "train"))
+
+
+def test_killed_prepare(whole, fresh):
+    """Killed when all but the manifest is in place: no later stage takes it for whole, and a second run repairs it."""
+    killed(fresh, "manifest.json", 1, "prepare")
+    assert not (fresh / "data/world/manifest.json").exists()
+    refused = stage(fresh, "train")
+    assert refused.returncode not in (0, -9) and "manifest.json" in refused.stderr and "prepare.py" in refused.stderr
+    assert not (fresh / ADAPTER).exists()
+    ok(make(fresh, "data"))
+    source, _ = whole
+    assert pools(fresh) == pools(source)
+    assert digests(fresh, *pools(fresh)) == digests(source, *pools(source))
+
+
+def test_killed_and_resumed_training_equals_an_unbroken_run(whole, fresh):
+    source, _ = whole
+    copy(source, fresh, "data")
+    # Before the second state is in place: step 1 is saved, step 2 is done and lost.
+    killed(fresh, "state.pt", 2, "train")
+    assert (fresh / "runs/world/state.pt").exists()
+    if (fresh / ADAPTER).exists():  # an adapter of a step that is saved may lie there, half a one may not
+        load_file(fresh / ADAPTER)
+    ok(make(fresh, "train"))  # the Makefile sees state.pt and resumes
+    assert digests(fresh, ADAPTER) == digests(source, ADAPTER)
+    assert untimed_log(fresh) == untimed_log(source)  # the lost step is logged once
+
+
+def test_truth_does_not_leak_into_training(whole, fresh):
+    """Without the true boxes on the disk the pools and the adapter come out bit for bit the same."""
+    (fresh / "raw/world/truth.jsonl").unlink()
+    printed = ok(make(fresh, "data", "train"))
+    source, _ = whole
+    assert digests(fresh, *pools(fresh)) == digests(source, *pools(source))
+    assert digests(fresh, ADAPTER) == digests(source, ADAPTER)
+    assert "truth" not in printed
+
+
+def test_labels_and_test_entities_do_not_leak(whole):
+    folder, _ = whole
+    urls, images = {}, {}
+    for split in ("train", "val", "test"):
+        with open(folder / f"raw/world/{split}.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        urls[split] = {row["wikipedia_url"] for row in rows}
+        lines = [json.loads(line) for line in (folder / f"data/world/{split}.jsonl").read_text().splitlines()]
+        images[split] = {line["image"] for line in lines}
+        # A question names the category, never the entity: the name would be the label.
+        assert not [row for row in rows if row["wikipedia_title"] in row["question"]]
+    assert urls["train"] and urls["test"] and not urls["train"] & urls["test"]
+    assert not images["train"] & images["test"]
+    # And the pool files say the same: no entity is the positive of a training query and of a test query.
+    entities = [json.loads(line)["entity_id"] for line in (folder / "data/world/kb.jsonl").read_text().splitlines()]
+    positives = {split: {entities[j] for line in (folder / f"data/world/{split}.jsonl").read_text().splitlines()
+                         for q in [json.loads(line)] for j, y in zip(q["pool"], q["labels"]) if y} for split in urls}
+    assert not positives["train"] & positives["test"]
+    # What training saves to look at is about training (and, for its periodic evaluation, val) queries alone.
+    samples = (folder / "runs/world/samples.jsonl").read_text()
+    test_ids = [json.loads(line)["query_id"] for line in (folder / "data/world/test.jsonl").read_text().splitlines()]
+    assert not [name for name in test_ids if f'"{name}"' in samples]
+
+
+def test_run_of_other_data_is_refused(whole, fresh):
+    source, _ = whole
+    copy(source, fresh, "data", "runs")
+    manifest = fresh / "data/world/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["train.jsonl"]["sha256"] = "of other queries"
+    manifest.write_text(json.dumps(content))
+    process = run(fresh, sys.executable, "evaluate.py", "--data", "data/world", "--run", "runs/world")
+    assert process.returncode == 1 and "run runs/world was trained on data/world" in process.stderr
+    process = stage(fresh, "train", "--resume")
+    assert process.returncode not in (0, -9) and "runs/world was trained on other pools" in process.stderr
+
+
+def test_unknown_policy_is_refused(whole, fresh):
+    source, _ = whole
+    copy(source, fresh, "data")
+    process = stage(fresh, "train", "--policy", "mini/nobody")
+    assert process.returncode == 1 and "no policy 'mini/nobody'" in process.stderr
+    assert not (fresh / "runs").exists()
