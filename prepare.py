@@ -255,7 +255,8 @@ def embed_kb(scorer, root, entities, entry_drops, image_drops):
         kept.append({**entity, "images": images})
     kb_text = np.zeros((len(kept), scorer.dim), np.float16)  # [E, D]
     with_text = [i for i, entity in enumerate(kept) if entity["text"]]
-    for start in tqdm(range(0, len(with_text), scorer.batch_size), desc="knowledge base texts", unit="batch", disable=None):
+    batches = range(0, len(with_text), scorer.batch_size)
+    for start in tqdm(batches, desc="knowledge base texts", unit="batch", disable=None):
         part = with_text[start:start + scorer.batch_size]
         kb_text[part] = scorer.text_features([kept[i]["text"] for i in part])
     return kept, features[rows], np.array(owners, np.int32), kb_text
