@@ -1,14 +1,17 @@
 """The r-GRPO loop (paper Sec. 3.4, App. B): sample, score, reward, advantage, step, log, save.
 
-    python train.py                       # the embedded world, from data/world and the stand-ins, to runs/world
-    python train.py --preset paper --data data/evqa --policy Qwen/Qwen2.5-VL-3B-Instruct --scorer /models/EVA-CLIP-8B --run runs/evqa
+    python train.py          # the embedded world: data/world and the stand-ins in, runs/world out; minutes on a CPU
+    python train.py --preset paper --data data/evqa --policy Qwen/Qwen2.5-VL-3B-Instruct --scorer FOLDER --run runs/evqa
 
-A step takes a few queries. The policy writes a decision-balanced group of answers to each, the frozen scorer re-ranks the query's pool
-with every crop, the reward is the improvement over the full image, and the policy is moved towards the better answers. Only LoRA
-weights learn. Nothing here reads a truth box, and labels are read by the reward alone.
+A step takes a few queries. The policy writes a decision-balanced group of answers to each, the frozen scorer re-ranks
+the query's pool with every crop, the reward is the improvement over the full image, and the policy is moved towards the
+better answers. Only LoRA weights learn. Nothing here reads a truth box, and labels are read by the reward alone.
 
-Files of a run: config.json (arguments, data), log.jsonl (a line a step), samples.jsonl (what was said and what it earned), state.pt
-(to --resume), adapter/ (the result, in peft's format; written last, so a run that has it is whole).
+Files of a run: config.json (arguments, data), log.jsonl (a line a step), samples.jsonl (what was said and what it
+earned), state.pt (to --resume), adapter/ (the result, in peft's format; written last, so a run that has it is whole).
+
+Simplified: one process, one image a query, no checkpoints but the last. Letters: B queries, n answers written a query
+(at most N = --group, see `sample_groups`), M answers of a forward pass, K candidates, T tokens, D embed.
 """
 
 import argparse
@@ -29,256 +32,373 @@ from rewards import metrics, reward, summary
 from scorer import crop, load_data, load_scorer, replacing, scores, write_json
 
 PRESETS = {
-    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts. The weight of the KL term is not printed there: the authors'
-    # release has 0.1 of TRL's estimator, but compares with a policy that is only 8 ranks away, so a small one is enough.
-    "paper": dict(queries=4, group=8, epochs=2.0, steps=0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01, micro=1, eval_every=200, save_every=100),
-    # The stand-in is a thousand times smaller, so its LoRA takes a larger step; its vision tower stays frozen, which lets a query's
-    # image features be computed once; without dropout and KL (a second forward each step) it learns as well and faster.
-    "mini": dict(queries=16, group=8, epochs=0.0, steps=200, lr=1e-3, warmup=10, dropout=0.0, targets="language", beta=0.0, micro=16, eval_every=50, save_every=25),
+    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts. The weight of the KL term is not printed
+    # there: the authors' release has 0.1 of TRL's estimator, but compares with a policy that is only 8 ranks away, so a
+    # small one is enough.
+    "paper": dict(queries=4, group=8, epochs=2.0, steps=0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
+                  micro=1, eval_every=200, save_every=100),
+    # The stand-in is a thousand times smaller, so its LoRA takes a larger step; its vision tower stays frozen, which
+    # lets a query's image features be computed once; without dropout and KL (a second forward each step) it learns as
+    # well and faster.
+    "mini": dict(queries=16, group=8, epochs=0.0, steps=120, lr=1e-3, warmup=10, dropout=0.0, targets="language",
+                 beta=0.0, micro=16, eval_every=40, save_every=20),
 }
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and every flag with its default (of the preset, where that sets it)."""
 
 
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=PRESETS, default="mini", help="defaults of all that follows: paper = App. B, mini = the embedded world")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first])
+    first.add_argument("--preset", choices=PRESETS, default="mini",
+                       help="defaults of what follows: paper = App. B, mini = the embedded world")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, parents=[first])
     files = parser.add_argument_group("files")
     files.add_argument("--data", default="data/world", help="folder that prepare.py wrote")
     files.add_argument("--run", default="runs/world", help="folder to write")
     files.add_argument("--resume", action="store_true", help="go on from the run's state.pt; without one, start")
-    models = parser.add_argument_group("models")
+    models = parser.add_argument_group("models (Sec. 3.2, 3.3)")
     models.add_argument("--policy", default="mini/policy", help="folder or Hugging Face id of a Qwen2.5-VL")
     models.add_argument("--scorer", default="mini/scorer", help="folder of the scorer that prepared the data")
-    models.add_argument("--system-prompt", metavar="FILE", help="text file to use instead of the policy's own system prompt (Table 10)")
-    models.add_argument("--max-pixels", type=int, help="area in pixels that an image is shrunk to for the policy")
-    models.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    models.add_argument("--system-prompt", metavar="FILE",
+                        help="text in place of the policy's own system prompt (Table 10)")
+    models.add_argument("--max-pixels", type=int,
+                        help="area in pixels that the policy's images are shrunk to, at least 784; None = its own")
+    models.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     add_method_flags(parser)
     add_length_flags(parser)
     parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
-    for name in ("queries", "group", "micro", "inner_steps", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.steps < 1 and args.epochs <= 0:
-        parser.error("give --steps or --epochs")
+    # The flag that was given wins over the preset's number of the other kind; both at once argparse refuses.
+    if args.epochs != PRESETS[args.preset]["epochs"]:
+        args.steps = 0
+    check_args(parser, args)
     return args
 
 
 def add_method_flags(parser):
     method = parser.add_argument_group("r-GRPO (Sec. 3.4; rgrpo.py explains the readings)")
-    method.add_argument("--balance", choices=("force", "resample", "none"), default="force", help="how both decisions come into a group")
-    method.add_argument("--advantage", choices=("factored", "group", "conditional", "balanced"), default="factored", help="what a token is judged by")
-    method.add_argument("--decision-weight", choices=("uniform", "pi"), default="uniform", help="weight of the two branches in the decision's advantage")
-    method.add_argument("--std", action=argparse.BooleanOptionalAction, default=True, help="divide advantages by the group's deviation (Eq. 9)")
-    method.add_argument("--decode", choices=("grammar", "free"), default="grammar", help="only decision and digits are choices | any text, then parsed")
-    method.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities that are trained")
-    method.add_argument("--clip", type=float, default=0.2, help="of the probability ratio")
+    method.add_argument("--balance", choices=("force", "resample", "none"), default="force",
+                        help="how both decisions come into a group")
+    method.add_argument("--advantage", choices=("factored", "group", "conditional", "balanced"), default="factored",
+                        help="what a token is judged by")
+    method.add_argument("--decision-weight", choices=("uniform", "pi"), default="uniform",
+                        help="weight of the two branches in the decision's advantage; pi needs factored and grammar")
+    method.add_argument("--std", action=argparse.BooleanOptionalAction, default=True,
+                        help="divide advantages by the group's deviation (Eq. 9)")
+    method.add_argument("--decode", choices=("grammar", "free"), default="grammar",
+                        help="only decision and digits are choices | any text, then parsed")
+    method.add_argument("--temperature", type=float, default=1.0,
+                        help="of sampling, and of the log-probabilities that are trained, above 0")
+    method.add_argument("--clip", type=float, default=0.2, help="of the probability ratio, above 0")
     method.add_argument("--beta", type=float, help="weight of the KL term; 0 saves the reference policy's forward")
-    method.add_argument("--norm", choices=("token", "sequence"), default="token", help="the loss is a mean over tokens or over rollouts")
-    method.add_argument("--reward", choices=("delta", "absolute"), default="delta", help="Eq. 7-8 | .5 MRR + .5 NDCG, the release's option")
+    method.add_argument("--norm", choices=("token", "sequence"), default="token",
+                        help="the loss is a mean over tokens or over rollouts")
+    method.add_argument("--reward", choices=("delta", "absolute"), default="delta",
+                        help="Eq. 7-8 | .5 MRR + .5 NDCG, the release's option")
     method.add_argument("--reward-weights", type=float, nargs=4, default=[0.2, 0.2, 0.2, 0.4], metavar="W",
                         help="of dMRR, dNDCG, dRank and dMargin in Eq. 7")
-    method.add_argument("--eta", type=float, default=1.0, help="what MALFORMED costs (Eq. 7)")
+    method.add_argument("--eta", type=float, default=1.0, help="what MALFORMED costs (Eq. 7), at least 0")
     lora = parser.add_argument_group("LoRA (App. B)")
     lora.add_argument("--rank", type=int, default=8, help="r")
     lora.add_argument("--alpha", type=float, default=32, help="scale: the update is alpha / r times B A")
-    lora.add_argument("--dropout", type=float, help="before A, in the update's forward only")
+    lora.add_argument("--dropout", type=float, help="before A, in the update's forward only; 0 up to below 1")
     lora.add_argument("--targets", choices=("all", "language"), help="all linear layers | those of the language model")
 
 
 def add_length_flags(parser):
     size = parser.add_argument_group("sizes and schedule (App. B)")
     size.add_argument("--queries", type=int, help="queries a step")
-    size.add_argument("--group", type=int, help="N, rollouts a query")
+    size.add_argument("--group", type=int, help="N, rollouts a query, at least 2")
     size.add_argument("--micro", type=int, help="queries of one forward and backward pass; memory, not results")
-    size.add_argument("--epochs", type=float, help="passes over the training queries, when --steps is 0")
-    size.add_argument("--steps", type=int, help="steps; overrides --epochs")
+    length = size.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="passes over the training queries, in place of --steps")
+    length.add_argument("--steps", type=int, help="steps, in place of --epochs")
     size.add_argument("--inner-steps", type=int, default=1, help="optimiser steps on the same rollouts")
+    size.add_argument("--max-prompt-tokens", type=int, default=8192, help="a longer prompt is an error, never cut")
     size.add_argument("--max-new-tokens", type=int, default=256, help="limit of a freely decoded answer")
-    size.add_argument("--lr", type=float, help="peak learning rate; cosine to 0 after the warm-up")
+    size.add_argument("--lr", type=float, help="peak learning rate; half a cosine towards 0 after the warm-up")
     size.add_argument("--warmup", type=int, help="steps of linear warm-up")
     size.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
     size.add_argument("--seed", type=int, default=0, help="LoRA, order of the data and every draw are functions of it")
     logs = parser.add_argument_group("looking")
     logs.add_argument("--eval-every", type=int, help="steps between two evaluations on val, 0 = never")
-    logs.add_argument("--val-queries", type=int, default=200, help="val queries of an evaluation")
+    logs.add_argument("--val-queries", type=int, default=200, help="val queries of an evaluation, the first ones")
     logs.add_argument("--save-every", type=int, help="steps between two state.pt")
-    logs.add_argument("--samples-every", type=int, default=10, help="steps between two groups in samples.jsonl")
+    logs.add_argument("--samples-every", type=int, default=10,
+                      help="steps between two groups in samples.jsonl, 0 = never")
 
 
-# ---------------------------------------------------------------------------------------------- one step
+def check_args(parser, args):
+    """End with a usage message for a number that would only fail, or do nonsense, in the middle of a run."""
+    for least, names in ((0, "seed warmup eval_every samples_every beta eta steps epochs dropout"),
+                         (1, "queries micro inner_steps save_every val_queries max_new_tokens max_prompt_tokens rank"),
+                         (2, "group"), (28 * 28, "max_pixels")):
+        for name in names.split():
+            if getattr(args, name) is not None and not getattr(args, name) >= least:  # `not >=` is true of NaN, too
+                parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in ("lr", "temperature", "clip", "max_grad_norm", "alpha"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.dropout >= 1:
+        parser.error("--dropout must be below 1")
+    if not args.steps and not args.epochs:
+        parser.error("give --steps or --epochs")
+    # Free text has no known pi(REGION | x), and the other advantages have no branches to weigh.
+    if args.decision_weight == "pi" and (args.advantage, args.decode) != ("factored", "grammar"):
+        parser.error("--decision-weight pi needs --advantage factored and --decode grammar")
+
+
+# ------------------------------------------------------------------------------------------------------ what is drawn
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up to `peak`, then half a cosine to 0 at the last step."""
+    """Linear warm-up to `peak` in `warmup` steps, then half a cosine that would reach 0 one step after the last."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def steps_of(args, count):
+    """Steps of a run on `count` training queries. The last one is filled up from the epoch that would follow."""
+    # Rounded first: 0.7 * 10 is a little above 7 in floating point and must not cost an eighth step.
+    return args.steps or math.ceil(round(args.epochs * count / args.queries, 6))
+
+
 def queries_of_step(step, count, queries, seed):
     """Row numbers of a step: consecutive pieces of one random order per epoch, so every query comes once an epoch."""
-    rows = []
-    for position in range(step * queries, (step + 1) * queries):
-        epoch, place = divmod(position, count)
-        rows.append(int(np.random.default_rng([seed, epoch]).permutation(count)[place]))
-    return rows
+    epochs, places = np.divmod(np.arange(step * queries, (step + 1) * queries), count)  # [B], [B]
+    rows = np.empty(queries, dtype=np.int64)  # [B]
+    # The order is drawn again in each step (15 ms for a million queries), so a resumed run has nothing to restore.
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch  # [B]
+        rows[here] = np.random.default_rng([seed, epoch]).permutation(count)[places[here]]
+    return rows.tolist()
+
+
+def seeds_of_step(step, rows, count, seed):
+    """A seed a query, of (seed, step, query): what is drawn does not depend on the rest of the batch."""
+    # Where epochs meet, or when there are fewer queries than --queries, one can come twice: its groups must differ.
+    return [(seed, step, row + count * rows[:i].count(row)) for i, row in enumerate(rows)]
+
+
+def open_queries(policy, data, rows, longest):
+    """Images (PIL RGB) and Prompts of some training queries. ValueError naming the query whose prompt is too long.
+
+    longest: tokens a prompt may have (App. B: 8192). Cutting one, as text trainers do, would cut through its image.
+    """
+    names = [data.queries[row].query_id for row in rows]
+    images = [data.open_image(row) for row in rows]
+    try:
+        prompts = policy.prompts(images, [data.queries[row].question for row in rows])
+    except ValueError as error:
+        raise ValueError(f"{data.pool_file}: {error}; counted from 0 in queries {names}") from error
+    for name, prompt in zip(names, prompts):
+        if len(prompt.ids) > longest:
+            raise ValueError(
+                f"{data.pool_file}: the prompt of query {name!r} has {len(prompt.ids)} tokens, "
+                f"{int(prompt.mm_token_type_ids.sum())} of them its image; --max-prompt-tokens is {longest}. A smaller "
+                "--max-pixels makes images smaller (in a new run), a larger --max-prompt-tokens lets it pass")
+    return images, prompts
 
 
 def sample_groups(policy, prompts, seeds, args):
-    """A group of completions a query and how many rollouts each stands for: B lists of Completion, B lists of int.
+    """A group of answers a query, and how many rollouts each stands for: B lists of Completion, B lists of int.
 
-    Under balance "force" with a grammar all N/2 FULL rollouts of a query are one and the same answer: it is written once and
-    counts N/2 times. "resample" draws freely first and then again what `rgrpo.plan` asks for.
+    Under balance "force" with a grammar all N/2 FULL rollouts of a query are one and the same answer: it is written
+    once and counts N/2 times. "resample" draws freely first and then again what `rgrpo.plan` asks for.
     """
-    def roll(plans, salt=0):
-        salted = [(*seed, salt) for seed in seeds]
-        return policy.rollout(prompts, plans, args.decode, args.temperature, seeds=salted, max_new_tokens=args.max_new_tokens)
+    def roll(queries, plans, salt=0):
+        return policy.rollout([prompts[b] for b in queries], plans, args.decode, args.temperature,
+                              seeds=[(*seeds[b], salt) for b in queries], max_new_tokens=args.max_new_tokens)
 
+    everyone = range(len(prompts))
     plan = rgrpo.plan(args.group, args.balance)
     if args.balance == "force" and args.decode == "grammar":
-        full = plan.count("FULL")
-        short = ["FULL"] + ["REGION"] * (args.group - full)
-        return roll([short] * len(prompts)), [[full] + [1] * (args.group - full)] * len(prompts)
-    groups = roll([plan] * len(prompts))
+        full, regions = plan.count("FULL"), plan.count("REGION")
+        groups = roll(everyone, [["FULL"] + ["REGION"] * regions] * len(prompts))
+        return groups, [[full] + [1] * regions] * len(prompts)
+    groups = roll(everyone, [plan] * len(prompts))
     if args.balance == "resample":
         again = [rgrpo.plan(args.group, args.balance, [c.action.decision for c in group]) for group in groups]
-        drawn = roll([[entry or "FULL" for entry in plan] for plan in again], salt=1)      # unused entries are the cheap answer
-        groups = [[new if entry else old for entry, old, new in zip(*columns)] for columns in zip(again, groups, drawn)]
+        lacking = [b for b in everyone if any(again[b])]
+        # Rollout n has its own stream of draws, so the whole plan is rolled; entries that are kept take the cheap FULL.
+        drawn = roll(lacking, [[entry or "FULL" for entry in again[b]] for b in lacking], salt=1) if lacking else []
+        for b, new in zip(lacking, drawn):
+            groups[b] = [fresh if entry else kept for entry, kept, fresh in zip(again[b], groups[b], new)]
     return groups, [[1] * args.group] * len(prompts)
 
 
-def score_views(data, scorer, rows, images, actions):
-    """Scores of every action's view: B arrays float32 [n, K]; rows of FULL and MALFORMED are the full image's (Eq. 1-4).
+# ------------------------------------------------------------------------------------------------------ what it earns
 
+
+def score_views(data, scorer, rows, images, actions):
+    """Scores of every action's view (Eq. 1-4): B arrays float32 [n, K]; FULL and MALFORMED have the full image's.
+
+    rows: B row numbers of data; images: their B images; actions: B lists of Action, boxes in original-image pixels.
     Only crops are encoded, in one batch, identical boxes once: candidates and full images were embedded by prepare.py.
     """
+    # A dict and not a set: the order of the batch must not change from run to run.
     boxes = list(dict.fromkeys((b, a.box) for b, group in enumerate(actions) for a in group if a.decision == "REGION"))
-    features = dict(zip(boxes, scorer.image_features([crop(images[b], box) for b, box in boxes])))      # (b, box) -> [D]
+    features = dict(zip(boxes, scorer.image_features([crop(images[b], box) for b, box in boxes])))  # (b, box) -> [D]
     found = []
     for b, (row, group) in enumerate(zip(rows, actions)):
-        full = np.asarray(data.full[row], dtype=np.float32)                                             # [D]
-        views = np.stack([features.get((b, a.box), full) for a in group])                               # [n, D]
-        found.append(scores(views, data.candidates(row)))                                               # [n, K]
+        full = np.asarray(data.full[row], dtype=np.float32)  # [D]
+        views = np.stack([features.get((b, a.box), full) for a in group])  # [n, D]
+        found.append(scores(views, data.candidates(row)))  # [n, K]
     return found
 
 
 def reward_groups(data, scorer, rows, images, groups, args):
-    """Reward and its components of every completion: B dicts of arrays [n] (rewards.reward)."""
+    """Reward and its components of every answer: B dicts of arrays [n] (rewards.reward)."""
     actions = [[c.action for c in group] for group in groups]
     found = []
     for row, group, seen in zip(rows, actions, score_views(data, scorer, rows, images, actions)):
-        full = scores(np.asarray(data.full[row], dtype=np.float32), data.candidates(row))               # [K]
+        full = scores(np.asarray(data.full[row], dtype=np.float32), data.candidates(row))  # [K]
         found.append(reward([a.decision for a in group], seen, full, np.array(data.queries[row].labels),
                             args.reward_weights, args.eta, args.reward))
     return found
 
 
 def judge(groups, counts, rewards, args):
-    """Advantages of decision and box tokens, float32 [B, n] each, and the rollout weights [B, n] (0 fills up short rows)."""
+    """Advantages of decision and of box tokens, and the answers' weights: three float32 [B, n].
+
+    counts: B lists, how many rollouts an answer stands for; rewards: of `reward_groups`. Short rows are filled up with
+    answers of weight 0, which `rgrpo.advantages` leaves out and gives the advantage 0.
+    """
     n = max(map(len, groups))
-    total, weight = torch.zeros(len(groups), n), torch.zeros(len(groups), n)                            # (B, n)
-    decision = torch.zeros(len(groups), n, dtype=torch.long)                                            # (B, n)
+    total, weight = torch.zeros(len(groups), n), torch.zeros(len(groups), n)  # [B, n], [B, n]
+    decision = torch.zeros(len(groups), n, dtype=torch.long)  # [B, n]
     for b, group in enumerate(groups):
         total[b, :len(group)] = torch.from_numpy(rewards[b]["total"])
         weight[b, :len(group)] = torch.tensor(counts[b], dtype=torch.float32)
         decision[b, :len(group)] = torch.tensor([rgrpo.CODES[c.action.decision] for c in group])
     p_region = None
     if args.decision_weight == "pi":
-        p_region = torch.tensor([group[0].action.p_region for group in groups])                         # (B,)
+        p_region = torch.tensor([group[0].action.p_region for group in groups])  # [B]
     pair = rgrpo.advantages(total, decision, args.advantage, args.decision_weight, p_region, weight, args.std)
     return *pair, weight
 
 
-def update(policy, optimizer, prompts, groups, advantages, args):
+# ---------------------------------------------------------------------------------------------------- what is learned
+
+
+def loss_size(groups, weight, norm):
+    """What the loss of these groups is divided by: free tokens (norm "token") or rollouts ("sequence"), each as often
+    as it counts. weight: [B, n]."""
+    size = {"token": lambda c: sum(c.free), "sequence": lambda c: any(c.free)}[norm]
+    return sum(float(weight[b, n]) * size(c) for b, group in enumerate(groups) for n, c in enumerate(group))
+
+
+def update(policy, optimizer, prompts, groups, advantages, args, names):
     """Gradient steps on one batch of groups; returns the numbers to log.
 
-    advantages: (decision [B, n], box [B, n], weight [B, n]) of `judge`. Groups without any advantage cost no pass, unless a KL
-    term pulls on them; they stay in the divisor, so leaving them out changes nothing but time.
+    advantages: (decision, box, weight), [B, n] each, of `judge`. names: B query ids, for FloatingPointError, raised
+    when loss or gradient is not finite. Groups without any advantage cost no pass, unless a KL term pulls on them; they
+    stay in the divisor, so leaving them out changes nothing but time.
     """
-    decision, box, weight = advantages
-    idle = rgrpo.zero_advantage(decision, box)                                                          # (B,)
+    idle = rgrpo.zero_advantage(*advantages[:2])  # [B]
     work = [b for b in range(len(groups)) if args.beta or not idle[b]]
-    count = {"token": lambda c: sum(c.free), "sequence": lambda c: any(c.free)}[args.norm]
-    total = sum(float(weight[b, n]) * count(c) for b, group in enumerate(groups) for n, c in enumerate(group))
-    old, logs = {}, []
-    for inner in range(args.inner_steps):
+    total = loss_size(groups, advantages[2], args.norm)
+    old, passes, norms = {}, [], []
+    for _ in range(args.inner_steps if work else 0):
         optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(work), args.micro):
             part = work[start:start + args.micro]
-            logs.append(backward(policy, part, prompts, groups, (decision, box, weight), total, old, args))
-        if work:
-            norm = torch.nn.utils.clip_grad_norm_(policy.lora_parameters(), args.max_grad_norm)
-            logs[-1]["grad_norm"] = norm.item()
-            optimizer.step()
-    mean = {key: float(np.mean([log[key] for log in logs if key in log])) for key in (logs[-1] if logs else {})}
-    return {**mean, "zero_advantage": float(idle.float().mean())}
+            passes.append(backward(policy, part, prompts, groups, advantages, total, old, args, names))
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.lora_parameters(), args.max_grad_norm).item())
+        # Clipping by an infinite norm makes every gradient NaN or 0: the step would ruin the weights without a word.
+        if not math.isfinite(norms[-1]):
+            raise FloatingPointError(f"the gradient's norm is {norms[-1]}; queries {[names[b] for b in work]}")
+        optimizer.step()
+    learned = {**merge_passes(passes, args.inner_steps), "grad_norm": float(np.mean(norms))} if work else {}
+    return {**learned, "zero_advantage": float(idle.float().mean())}
 
 
-def backward(policy, part, prompts, groups, advantages, total, old, args):
-    """Loss and gradients of the queries `part`. old: {first query of the part: log-probs of the first inner step}."""
+def merge_passes(passes, inner_steps):
+    """The numbers of all backward passes of a step -> those of the step, however --micro cut it into parts."""
+    share = np.array([one["size"] for one in passes])
+    share = share / share.sum()
+    entropy, decisions = (sum(one[key] for one in passes) for key in ("entropy", "decisions"))
+    return {
+        "loss": sum(one["loss"] for one in passes) / inner_steps,  # the parts of a batch add up to its loss
+        **{key: float(sum(s * one[key] for s, one in zip(share, passes))) for key in ("kl", "clip_fraction")},
+        **{key: max(one[key] for one in passes) for key in ("ratio_max", "logp_gap")},
+        "decision_entropy": entropy / max(1, decisions)}
+
+
+def backward(policy, part, prompts, groups, advantages, total, old, args, names):
+    """Loss and gradients of the queries `part` (numbers into the other lists); returns numbers for `merge_passes`.
+
+    total: the whole batch's loss_size. old: {first query of a part: its log-probs at the first inner step}.
+    """
     chosen = [prompts[b] for b in part], [groups[b] for b in part]
-    flat = [(b, n, c) for b in part for n, c in enumerate(groups[b])]                                   # M completions
-    policy.train()                                                                                      # LoRA dropout, if any
+    flat = [(b, n, c) for b in part for n, c in enumerate(groups[b])]  # M answers
+    policy.train()  # LoRA dropout, if any
     out = policy.log_probs(*chosen, temperature=args.temperature)
-    logp, mask = out["logp"], out["mask"]                                                               # (M, T) each
-    decision, box, weight = (torch.stack([table[b, n] for b, n, _ in flat]).to(logp.device) for table in advantages)   # (M,)
-    token = torch.where(out["decision"], decision[:, None], box[:, None])                               # (M, T)
+    logp, mask = out["logp"], out["mask"]  # [M, T], [M, T]
+    at = [b for b, _, _ in flat], [n for _, n, _ in flat]
+    decision, box, weight = (table[at].to(logp.device) for table in advantages)  # [M] each
+    token = torch.where(out["decision"], decision[:, None], box[:, None])  # [M, T]
     reference = None
     if args.beta:
         policy.eval()
         with torch.no_grad(), policy.adapter(False):
-            reference = policy.log_probs(*chosen, temperature=args.temperature)["logp"]                 # (M, T)
-    # The first inner step's own values, detached: a ratio of exactly 1, also with dropout.
-    before = old.setdefault(part[0], logp.detach())
+            reference = policy.log_probs(*chosen, temperature=args.temperature)["logp"]  # [M, T]
+    # The first inner step's own values, detached, and not those of sampling: a ratio of exactly 1, also with dropout.
+    before = old.setdefault(part[0], logp.detach())  # [M, T]
     try:
-        value, numbers = rgrpo.loss(logp, before, token, mask, args.clip, reference, args.beta, args.norm, weight, total)
+        value, numbers = rgrpo.loss(
+            logp, before, token, mask, args.clip, reference, args.beta, args.norm, weight, total)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; the rollouts belong to rows {sorted({b for b, _, _ in flat})} of this step") from error
-    policy.train()                                     # checkpointing runs the forward again in the backward pass
+        finite = torch.isfinite(logp.detach()).all(1).tolist()  # [M]
+        # Where every log-probability is finite, it was the ratio or the KL term: any query of the part may be the one.
+        found = {b for (b, _, _), fine in zip(flat, finite) if not fine} or part
+        raise FloatingPointError(f"{error}; queries {[names[b] for b in sorted(found)]}") from error
+    policy.train()  # checkpointing runs the forward again in the backward pass
     value.backward()
     policy.eval()
-    sampled = torch.zeros_like(logp)                                                                    # (M, T)
+    sampled = torch.zeros(logp.shape)  # [M, T]
     for m, (_, _, c) in enumerate(flat):
         sampled[m, :len(c.ids)] = torch.tensor(c.log_probs)
-    numbers["logp_gap"] = ((before - sampled) * mask).abs().max().item()                                # sampling against scoring
-    numbers["decision_entropy"] = (out["entropy"] * out["decision"]).sum().item() / max(1, out["decision"].sum().item())
-    return numbers
+    gap = (before - sampled.to(logp.device)) * mask  # [M, T] sampling against scoring
+    return {**numbers, "size": loss_size(chosen[1], advantages[2][part], args.norm), "logp_gap": gap.abs().max().item(),
+            "entropy": (out["entropy"] * out["decision"]).sum().item(), "decisions": out["decision"].sum().item()}
 
 
-# ---------------------------------------------------------------------------------------------- looking
+# ------------------------------------------------------------------------------------------------------------ looking
 
 
 def describe(groups, counts, rewards):
-    """What a step's rollouts were like: means over rollouts, each counted as often as it stands for."""
-    flat = [(c, w, {k: v[n] for k, v in r.items()}) for g, ws, r in zip(groups, counts, rewards) for n, (c, w) in enumerate(zip(g, ws))]
-    weight = np.array([w for _, w, _ in flat], dtype=float)
-    kinds = np.array([c.action.decision for c, _, _ in flat])
-    total = np.array([r["total"] for _, _, r in flat])
+    """What a step's rollouts were like: means over rollouts, an answer counted as often as it stands for."""
+    weight = np.concatenate([np.array(count, dtype=float) for count in counts])  # [M]
+    kinds = np.array([c.action.decision for group in groups for c in group])  # [M]
+    total = np.concatenate([r["total"] for r in rewards])  # [M]
     log = {"reward": float((weight * total).sum() / weight.sum())}
     for name in ("FULL", "REGION", "MALFORMED"):
-        inside = kinds == name
+        inside = kinds == name  # [M]
         log[f"{name.lower()}_rate"] = float(weight[inside].sum() / weight.sum())
-        if name != "MALFORMED" and inside.any():
+        if name != "MALFORMED" and inside.any():  # a MALFORMED one earns -eta, which needs no mean
             log[f"reward_{name.lower()}"] = float((weight * total)[inside].sum() / weight[inside].sum())
-    for name in ("d_mrr", "d_ndcg", "d_rank", "d_margin"):
-        if (kinds == "REGION").any():
-            log[name] = float(np.mean([r[name] for c, _, r in flat if c.action.decision == "REGION"]))
-    p = [g[0].action.p_region for g in groups if g[0].action.p_region is not None]
-    return {**log, "p_region": float(np.mean(p)) if p else None}       # the crop rate that the policy itself would have
+    if (kinds == "REGION").any():  # without one there is no mean, and 0 would say "no better, no worse"
+        for name in ("d_mrr", "d_ndcg", "d_rank", "d_margin"):
+            log[name] = float(np.mean(np.concatenate([r[name] for r in rewards])[kinds == "REGION"]))
+    p = [group[0].action.p_region for group in groups if group[0].action.p_region is not None]
+    return {**log, "p_region": float(np.mean(p)) if p else None}  # the crop rate that the policy itself would have
 
 
-def validate(policy, scorer, data, limit):
-    """Greedy answers on the first `limit` val queries: MRR, CondR@1 and the crop rate."""
-    rows = list(range(min(limit, len(data.queries))))
+def validate(policy, scorer, data, args):
+    """Greedy answers to the first --val-queries val queries: MRR, CondR@1 (None without a positive) and crop rate."""
+    rows = list(range(min(args.val_queries, len(data.queries))))
     ranked = []
     crops = 0
     for start in range(0, len(rows), 32):
         part = rows[start:start + 32]
         images = [data.open_image(i) for i in part]
-        actions = policy.act(images, [data.queries[i].question for i in part], batch_size=32)
+        actions = policy.act(images, [data.queries[i].question for i in part], args.decode, batch_size=32)
         crops += sum(a.decision == "REGION" for a in actions)
-        ranked += [s[0] for s in score_views(data, scorer, part, images, [[a] for a in actions])]
+        ranked += [s[0] for s in score_views(data, scorer, part, images, [[a] for a in actions])]  # [K] each
     means = summary(metrics(np.stack(ranked), np.array([data.queries[i].labels for i in rows])))
     return {"val_mrr": means["MRR"], "val_cond_r1": means["CondR@1"], "val_crop_rate": crops / len(rows)}
 
@@ -288,52 +408,73 @@ def sample_lines(step, data, rows, groups, rewards, advantages):
     query = data.queries[rows[0]]
     for n, c in enumerate(groups[0]):
         components = {k: round(float(v[n]), 4) for k, v in rewards[0].items()}
-        yield {"step": step, "query_id": query.query_id, "question": query.question, "text": c.action.text, "decision": c.action.decision,
-               "box": c.action.box, "p_region": c.action.p_region, "forced": c.forced_decision, "reward": components,
-               "decision_advantage": round(float(advantages[0][0, n]), 4), "box_advantage": round(float(advantages[1][0, n]), 4)}
+        yield {"step": step, "query_id": query.query_id, "question": query.question, "text": c.action.text,
+               "decision": c.action.decision, "box": c.action.box, "p_region": c.action.p_region,
+               "forced": c.forced_decision, "reward": components,
+               "decision_advantage": round(float(advantages[0][0, n]), 4),
+               "box_advantage": round(float(advantages[1][0, n]), 4)}
 
 
 def readable(log, steps, left):
-    """One line a step for people."""
+    """One line a step for people. left: seconds."""
     def show(key, form="+.3f"):
         return format(log[key], form) if log.get(key) is not None else "-"
-    return (f"step {log['step'] + 1}/{steps} reward {show('reward')} (FULL {show('reward_full')} REGION {show('reward_region')}) "
-            f"p(REGION) {show('p_region', '.2f')} malformed {show('malformed_rate', '.2f')} kl {show('kl', '.4f')} grad {show('grad_norm', '.2f')} "
-            f"lr {log['lr']:.1e} {log['seconds']:.1f} s, {left / 60:.1f} min left"
-            + (f" | val MRR {log['val_mrr']:.3f} CondR@1 {show('val_cond_r1', '.3f')} crop rate {log['val_crop_rate']:.2f}" if "val_mrr" in log else ""))
+
+    line = (f"step {log['step'] + 1}/{steps} reward {show('reward')} "
+            f"(FULL {show('reward_full')} REGION {show('reward_region')}) p(REGION) {show('p_region', '.2f')} "
+            f"malformed {show('malformed_rate', '.2f')} kl {show('kl', '.4f')} grad {show('grad_norm', '.2f')} "
+            f"lr {log['lr']:.1e} {log['seconds']:.1f} s, {left / 60:.1f} min left")
+    if "val_mrr" in log:
+        line += (f" | val MRR {show('val_mrr', '.3f')} CondR@1 {show('val_cond_r1', '.3f')} "
+                 f"crop rate {show('val_crop_rate', '.2f')}")
+    return line
 
 
-# ---------------------------------------------------------------------------------------------- the run's files
+# --------------------------------------------------------------------------------------------------- the run's files
 
 
-def open_run(args, data):
-    """Make the run folder and its config.json, or check that they are this run's. Returns True when there is a state to go on from."""
-    run = Path(args.run)
+def describe_run(args, data):
+    """What config.json holds: all that decides the result, and on which pools."""
     with open(os.path.join(args.data, "manifest.json"), "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
-    skip = ("resume", "device", "run", "data")                     # what may differ when a run is taken up again
-    config = {"args": {k: v for k, v in vars(args).items() if k not in skip}, "manifest_sha256": digest, "pools": data.identity,
-              "policy": args.policy, "scorer": args.scorer, "data": args.data}
+    skip = ("resume", "device", "run", "data")  # where and how, not what: these may differ when a run is taken up again
+    return {"args": {k: v for k, v in vars(args).items() if k not in skip}, "manifest_sha256": digest,
+            "pools": data.identity, "policy": args.policy, "scorer": args.scorer, "data": args.data}
+
+
+def check_run(run, config, resume):
+    """What the run folder holds: "nothing" that counts, a "state" to go on from, or a "finished" run.
+
+    run: Path; config: of `describe_run`; resume: was it asked for? ValueError where writing on would mix two runs.
+    """
+    finished, state = (run / "adapter" / "adapter_model.safetensors").exists(), (run / "state.pt").exists()
+    if not finished and not state:
+        return "nothing"  # a run that was killed before its first state.pt starts again
+    if not resume:
+        advice = "choose another --run" if finished else "go on with --resume, or choose another --run"
+        raise ValueError(f"{run} holds a {'finished ' if finished else ''}run already: {advice}")
     path = run / "config.json"
-    state = (run / "state.pt").exists()
-    if (state or (run / "adapter").exists()) and not args.resume:
-        raise ValueError(f"{run} holds a run already: go on with --resume, or choose another --run")
-    if state and path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if old["pools"] != data.identity:
-            raise ValueError(f"{run} was trained on other pools ({old['data']}, {old['pools']}) than {args.data} ({data.identity}): choose another --run")
-        changed = sorted(k for k in config["args"] if old["args"].get(k) != config["args"][k])
-        if changed:
-            raise ValueError(f"{run}: --resume with other values of {', '.join(changed)} than it was started with; see {path}")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
-    return state and args.resume
+    if not path.exists():
+        raise ValueError(f"{path} is missing, so what {run} was trained on is unknown: put it back, or choose another "
+                         "--run")
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if old["pools"] != config["pools"]:
+        raise ValueError(f"{run} was trained on other pools ({old['data']}, {old['pools']}) than {config['data']} "
+                         f"({config['pools']}): choose another --run")
+    # These change no weight: a run that stopped at a long prompt may go on with a higher limit.
+    free = ("save_every", "max_prompt_tokens")
+    changed = sorted(k for k, v in config["args"].items() if k not in free and old["args"].get(k) != v)
+    if changed:
+        raise ValueError(f"{run}: --resume with other values of {', '.join(changed)} than it was started with; "
+                         f"see {path}")
+    return "finished" if finished else "state"
 
 
 def save_state(path, step, policy, optimizer):
-    """All that --resume needs: the number of steps done, LoRA, optimiser. Draws are functions of (seed, step): no generator state."""
+    """All that --resume needs: number of steps done, LoRA, optimiser. Draws are functions of (seed, step): no RNG."""
     with replacing(path) as temporary:
-        torch.save({"step": step, "lora": [p.detach() for p in policy.lora_parameters()], "optimizer": optimizer.state_dict()}, temporary)
+        torch.save({"step": step, "lora": [p.detach() for p in policy.lora_parameters()],
+                    "optimizer": optimizer.state_dict()}, temporary)
 
 
 def load_state(path, policy, optimizer):
@@ -350,75 +491,124 @@ def keep_lines_before(path, step):
     """Cut a log back to the steps before `step`: what a killed run wrote after its last state is written again."""
     if not path.exists():
         return
+    # Only what ends in a newline was written to the end; half a line may even look like JSON.
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.endswith("}"):
-            break                                                  # cut off while it was written
-        if json.loads(line)["step"] < step:
-            kept.append(line)
+    for number, line in enumerate(whole, 1):
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from error
     with replacing(str(path)) as temporary:
         Path(temporary).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def append(path, rows):
+    """Add dicts to a .jsonl file, a line each."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def load(args):
-    """Scorer, train data, val data (None without evaluation) and policy with fresh LoRA."""
+# -------------------------------------------------------------------------------------------------------- the stage
+
+
+def open_data(args):
+    """Scorer, train data, val data (None without evaluation)."""
     scorer = load_scorer(args.scorer, args.device)
     data = load_data(args.data, "train", scorer.identity)
     if not data.queries:
-        raise ValueError(f"{args.data}: no training query has its positive in the pool; see the counts in manifest.json")
+        raise ValueError(f"{args.data}: no training query has its positive in the pool; see the counts in "
+                         "manifest.json")
     val = load_data(args.data, "val", scorer.identity) if args.eval_every else None
-    prompt = Path(args.system_prompt).read_text(encoding="utf-8") if args.system_prompt else None
-    policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=prompt)
+    if val is not None and not val.queries:
+        raise ValueError(f"{val.pool_file}: no val queries to evaluate on; prepare some, or give --eval-every 0")
+    return scorer, data, val
+
+
+def open_policy(args):
+    """The policy with fresh LoRA."""
+    prompt = None
+    if args.system_prompt:
+        if not os.path.isfile(args.system_prompt):
+            raise FileNotFoundError(f"--system-prompt {args.system_prompt}: no such file")
+        prompt = Path(args.system_prompt).read_text(encoding="utf-8")
+        if not prompt.strip():  # a policy without instructions learns something, which hides the mistake
+            raise ValueError(f"--system-prompt {args.system_prompt}: the file is empty")
+    # On a CPU the fused attention kernel's backward is slower than plain matrix products; on CUDA it is far faster.
+    attention = "eager" if torch.device(args.device).type == "cpu" else "sdpa"
+    policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=prompt,
+                         attention=attention)
     policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
-    return scorer, data, val, policy
+    return policy
 
 
 def train_step(step, steps, policy, optimizer, scorer, data, args):
-    """One step of r-GRPO. Returns (numbers to log, lines for samples.jsonl)."""
-    torch.manual_seed(args.seed * 1_000_003 + step)                # dropout; a resumed run draws what an unbroken one draws
+    """One step of r-GRPO. Returns (numbers to log, lines for samples.jsonl).
+
+    step: from 0, of `steps`. FloatingPointError names step and queries when loss or gradient is not finite.
+    """
+    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout; a resumed run draws what an unbroken one draws
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
     rows = queries_of_step(step, len(data.queries), args.queries, args.seed)
-    images = [data.open_image(row) for row in rows]
-    prompts = policy.prompts(images, [data.queries[row].question for row in rows])
-    groups, counts = sample_groups(policy, prompts, [(args.seed, step, row) for row in rows], args)
+    images, prompts = open_queries(policy, data, rows, args.max_prompt_tokens)
+    seeds = seeds_of_step(step, rows, len(data.queries), args.seed)
+    groups, counts = sample_groups(policy, prompts, seeds, args)
     rewards = reward_groups(data, scorer, rows, images, groups, args)
     advantages = judge(groups, counts, rewards, args)
-    numbers = update(policy, optimizer, prompts, groups, advantages, args)
+    names = [data.queries[row].query_id for row in rows]
+    try:
+        numbers = update(policy, optimizer, prompts, groups, advantages, args, names)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step} (from 0, as in log.jsonl): {error}. Nothing of this step was kept; if "
+                                 "it comes again with --resume, train anew with a smaller --lr") from error
     log = {"step": step, **describe(groups, counts, rewards), **numbers, "lr": optimizer.param_groups[0]["lr"]}
     return log, list(sample_lines(step, data, rows, groups, rewards, advantages))
 
 
-def train(args):
-    """The loop. Returns the policy."""
-    scorer, data, val, policy = load(args)
-    run = Path(args.run)
-    resumed = open_run(args, data)
-    optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
-    start = load_state(run / "state.pt", policy, optimizer) if resumed else 0
-    steps = args.steps or math.ceil(args.epochs * len(data.queries) / args.queries)
-    for name in ("log.jsonl", "samples.jsonl"):
-        keep_lines_before(run / name, start)
-    print(f"r-GRPO: {len(data.queries)} training queries, {steps} steps of {args.queries} queries x {args.group} rollouts, "
-          f"{sum(p.numel() for p in policy.lora_parameters()):,} LoRA weights, on {args.device}"
-          + (f", going on from step {start}" if resumed else ""))
-    began = time.perf_counter()
+def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
+    """Steps start .. steps - 1, with their logs, evaluations and states in the run folder."""
+    run, began = Path(args.run), time.perf_counter()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=None):
         clock = time.perf_counter()
         log, samples = train_step(step, steps, policy, optimizer, scorer, data, args)
         log["seconds"] = time.perf_counter() - clock
         if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-            log |= validate(policy, scorer, val, args.val_queries)
+            log |= validate(policy, scorer, val, args)
         append(run / "log.jsonl", [log])
-        append(run / "samples.jsonl", samples if step % args.samples_every == 0 else [])
+        if args.samples_every and step % args.samples_every == 0:
+            append(run / "samples.jsonl", samples)
         tqdm.write(readable(log, steps, (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)))
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_state(str(run / "state.pt"), step + 1, policy, optimizer)
+
+
+def train(args):
+    """The stage: args of `parse_args` in, a run folder out. Returns the policy, None if the run was finished before.
+
+    ValueError or FileNotFoundError for input that does not fit; FloatingPointError for numbers that are not finite.
+    """
+    scorer, data, val = open_data(args)
+    run, config = Path(args.run), describe_run(args, data)
+    found = check_run(run, config, args.resume)  # before the policy: a refusal should not wait for gigabytes
+    if found == "finished":
+        print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
+        os.utime(run / "adapter" / "adapter_model.safetensors")  # make asked because data/ is newer: it is up to date
+        return None
+    policy = open_policy(args)
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", config)
+    # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.
+    optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
+    start = load_state(run / "state.pt", policy, optimizer) if found == "state" else 0
+    steps = steps_of(args, len(data.queries))
+    for name in ("log.jsonl", "samples.jsonl"):
+        keep_lines_before(run / name, start)
+    print(f"r-GRPO: {len(data.queries)} training queries, {steps} steps of {args.queries} queries x {args.group} "
+          f"rollouts, {sum(p.numel() for p in policy.lora_parameters()):,} LoRA weights, on {args.device}"
+          + (f", going on from step {start}" if start else ""))
+    run_steps(start, steps, policy, optimizer, scorer, data, val, args)
     policy.save_adapter(str(run / "adapter"))
     return policy
 
@@ -429,7 +619,7 @@ def main(argv=None):
     torch.use_deterministic_algorithms(args.device == "cpu")
     try:
         train(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raise SystemExit(f"train.py: {error}") from error
 
 

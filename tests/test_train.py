@@ -1,0 +1,781 @@
+"""train.py on a tiny random Qwen2.5-VL, a tiny random EVA-CLIP and six noise images: nothing here can be learned by
+looking, so what moves is moved by the reward, and slow, obvious oracles say by how much."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rgrpo
+import tiny_policy
+import train
+from policy import Action, load_policy
+from scorer import (
+    POOL_VERSION, EvaClip, EvaClipConfig, Query, crop, load_data, load_scorer, write_array, write_json, write_pool,
+)
+
+K, TRAIN, VAL = 4, 6, 3  # candidates, train queries, val queries
+# What a line of log.jsonl may hold. README.md defines each; `train.py` adds none in silence.
+ALWAYS = {"step", "reward", "full_rate", "region_rate", "malformed_rate", "p_region", "zero_advantage", "lr", "seconds"}
+OF_FULL, OF_REGION = {"reward_full"}, {"reward_region", "d_mrr", "d_ndcg", "d_rank", "d_margin"}
+LEARNED = {"loss", "kl", "clip_fraction", "ratio_max", "logp_gap", "decision_entropy", "grad_norm"}
+EVALUATED = {"val_mrr", "val_cond_r1", "val_crop_rate"}
+
+
+# ---- a small world ---------------------------------------------------------------------------------------------------
+
+
+def noise(rng, side):
+    return Image.fromarray(rng.integers(0, 256, (*side[::-1], 3), dtype=np.uint8))
+
+
+def build_data(folder, scorer, val_positive=2):
+    """data/ as prepare.py writes it: noise images of 84 x 56 pixels, candidates 0 .. 5, positives in turn."""
+    (folder / "raw").mkdir()
+    (folder / "data").mkdir()
+    data, rng = folder / "data", np.random.default_rng(0)
+    entities = scorer.image_features([noise(rng, (28, 28)) for _ in range(6)])
+    for split, count, positives in (("train", TRAIN, TRAIN), ("val", VAL, val_positive)):
+        images = [noise(rng, (84, 56)) for _ in range(count)]
+        for i, image in enumerate(images):
+            image.save(folder / f"raw/{split}{i}.png")
+        pools = [sorted(rng.permutation(6)[:K].tolist()) for _ in range(count)]
+        write_pool(data / f"{split}.jsonl", [
+            Query(f"{split}-{i}", f"{split}{i}.png", f"What is this, {i}?", pool, pool,
+                  [int(k == i % K and i < positives) for k in range(K)], [.9, .8, .7, .6])
+            for i, pool in enumerate(pools)])
+        write_array(data / f"{split}_full.npy", scorer.image_features(images).astype(np.float16))
+    (data / "kb.jsonl").write_text("".join(json.dumps({"entity_id": str(j)}) + "\n" for j in range(6)))
+    write_array(data / "kb_image.npy", entities.astype(np.float16))
+    write_array(data / "kb_text.npy", (0.2 * rng.standard_normal(entities.shape)).astype(np.float16))
+    write_array(data / "kb_entity.npy", np.arange(6, dtype=np.int32))
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": path.name} for path in sorted(data.iterdir())}
+    write_json(data / "manifest.json", {
+        "version": POOL_VERSION, "dataset": "noise", "root": "../raw", "args": {}, "scorer": scorer.identity,
+        "scorer_name": scorer.name, "K": K, "dim": scorer.dim, "files": files, "packages": {},
+        "splits": {"train": {}, "val": {}}, "kb": {"entries_read": 6, "kept": 6, "images": 6, "dropped": {}}})
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with policy/, scorer/, data/ and prompt.txt; tests read it and change nothing."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("train")
+    tiny_policy.build(folder / "policy")
+    EvaClip(EvaClipConfig(embed_dim=8, image_size=28, width=16, layers=1, head_width=8, context=8, vocab=600,
+                          text_width=8, text_heads=2, text_layers=1)).init_weights().save(folder / "scorer")
+    (folder / "prompt.txt").write_text("Crop or not?")  # the real one has hundreds of tokens
+    build_data(folder, load_scorer(str(folder / "scorer")))
+    return folder
+
+
+def flags(home, run="run", *more):
+    """Command line of a run of four steps of two queries; a later flag overrides."""
+    return ["--data", f"{home}/data", "--policy", f"{home}/policy", "--scorer", f"{home}/scorer", "--device", "cpu",
+            "--system-prompt", f"{home}/prompt.txt", "--run", str(run), "--queries", "2", "--group", "4",
+            "--steps", "4", "--micro", "2", "--save-every", "2", "--eval-every", "2", "--samples-every", "1",
+            "--lr", "0.01", "--warmup", "1", *more]
+
+
+@pytest.fixture
+def settings(home):
+    return lambda *more: train.parse_args(flags(home, "run", *more))
+
+
+class Counting:
+    """A scorer that writes down what it encodes."""
+
+    def __init__(self, scorer):
+        self.scorer, self.identity, self.seen = scorer, scorer.identity, []
+
+    def image_features(self, images):
+        self.seen += images
+        return self.scorer.image_features(images)
+
+
+@pytest.fixture
+def scorer(home):
+    return Counting(load_scorer(str(home / "scorer")))
+
+
+@pytest.fixture
+def data(home):
+    return load_data(str(home / "data"), "train")
+
+
+def new_policy(home, dropout=0.0, targets="language", away=0.0, seed=0):
+    """The tiny policy with LoRA; away > 0: moved from the base policy, B and all."""
+    policy = load_policy(str(home / "policy"), system_prompt="Crop or not?", attention="eager")
+    policy.add_lora(4, 8, dropout, targets, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.lora_parameters() if away else []:
+        parameter.data += torch.randn(parameter.shape, generator=generator) * away
+    return policy
+
+
+def drawn(policy, data, args, rows=range(4), rewards=None):
+    """Prompts, groups, counts and advantages of some queries. rewards(b, n) stands in for the scorer's."""
+    _, prompts = train.open_queries(policy, data, list(rows), 8192)
+    groups, counts = train.sample_groups(policy, prompts, [(0, 0, row) for row in rows], args)
+    rewards = rewards or (lambda b, n: math.sin(3 * b + 5 * n))
+    totals = [{"total": np.array([rewards(b, n) for n in range(len(group))])} for b, group in enumerate(groups)]
+    return prompts, groups, counts, train.judge(groups, counts, totals, args)
+
+
+def gradient(policy, prompts, groups, advantages, args, step=None):
+    """(numbers that update logs, its un-clipped gradient as one vector); the weights stay."""
+    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(), step=step or (lambda: None))
+    args = SimpleNamespace(**{**vars(args), "max_grad_norm": 1e9})
+    numbers = train.update(policy, optimizer, prompts, groups, advantages, args, [f"q{b}" for b in range(len(groups))])
+    return numbers, flat_gradient(policy)
+
+
+def flat_gradient(policy):
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone()
+                      for p in policy.lora_parameters()])
+
+
+def close(a, b, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest entry, which is not 0."""
+    return float(b.abs().max()) > 1e-6 and float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def slow_gradient(policy, prompts, groups, advantages, clip=0.2):
+    """The loss by its definition: every rollout alone, none left out, summed and divided at the end."""
+    decision, box, weight = advantages
+    value, tokens = 0.0, 0.0
+    for b, group in enumerate(groups):
+        for n, one in enumerate(group):
+            out = policy.log_probs([prompts[b]], [[one]])
+            for t in np.flatnonzero(one.free):
+                advantage = float(decision[b, n] if t == one.decision_index else box[b, n])
+                ratio = (out["logp"][0, t] - out["logp"][0, t].detach()).exp()
+                value = value - float(weight[b, n]) * torch.minimum(
+                    ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+                tokens += float(weight[b, n])
+    policy.model.zero_grad()
+    (value / tokens).backward()
+    return flat_gradient(policy)
+
+
+# ---- flags, schedule, order ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, wanted", [
+    (0, 2.0),               # 4 * 1 / 2
+    (1, 4.0),               # 4 * 2 / 2
+    (2, 4.0),               # the cosine begins: 4 * (1 + cos 0) / 2
+    (6, 2.0),               # half way, (6 - 2) / (10 - 2): 4 * (1 + cos 90) / 2
+    (9, 0.1522409),         # 7 / 8 of the way: 2 * (1 + cos 157.5) = 2 * (1 - .9238795)
+])
+def test_learning_rate(step, wanted):
+    assert train.learning_rate(step, 10, 4.0, 2) == pytest.approx(wanted)
+
+
+def test_learning_rate_without_or_with_too_long_a_warmup():
+    assert train.learning_rate(0, 5, 3.0, 0) == 3.0
+    assert train.learning_rate(0, 1, 3.0, 1) == 3.0
+    assert train.learning_rate(2, 3, 3.0, 10) == pytest.approx(0.9)  # 3 * 3 / 10: it never gets there
+
+
+@pytest.mark.parametrize("count, queries", [(7, 3), (6, 2), (2, 5), (1, 1), (5, 5)])
+def test_every_query_comes_once_an_epoch(count, queries):
+    steps = count * 3  # so that 3 * queries epochs are whole
+    rows = [row for step in range(steps) for row in train.queries_of_step(step, count, queries, seed=4)]
+    epochs = [rows[start:start + count] for start in range(0, len(rows), count)]
+    assert len(epochs) == 3 * queries and all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    for number, epoch in enumerate(epochs):  # the slow way: the order of each epoch by itself
+        assert epoch == np.random.default_rng([4, number]).permutation(count).tolist()
+    assert all(type(row) is int for row in rows)
+
+
+def test_order_depends_on_epoch_and_seed():
+    orders = {tuple(train.queries_of_step(step, 20, 20, seed)) for step in range(3) for seed in range(3)}
+    assert len(orders) == 9
+
+
+def test_a_query_that_comes_twice_in_a_step_has_two_seeds():
+    assert train.seeds_of_step(3, [5, 2, 5, 5], 10, 1) == [(1, 3, 5), (1, 3, 2), (1, 3, 15), (1, 3, 25)]
+
+
+@pytest.mark.parametrize("more, count, wanted", [
+    (["--epochs", "2", "--queries", "4"], 5, 3),     # 10 / 4, the last step filled up
+    (["--epochs", "0.7", "--queries", "1"], 10, 7),  # .7 * 10 is 7.000000000000001
+    (["--steps", "9"], 5, 9),
+])
+def test_steps_of(home, more, count, wanted):
+    base = flags(home)
+    at = base.index("--steps")
+    assert train.steps_of(train.parse_args(base[:at] + base[at + 2:] + more), count) == wanted
+
+
+def test_presets():
+    paper, mini = train.parse_args(["--preset", "paper"]), train.parse_args([])
+    # App. B; two of its numbers are defaults of either preset.
+    assert (paper.group, paper.lr, paper.warmup, paper.queries, paper.epochs, paper.steps) == (8, 5e-5, 50, 4, 2, 0)
+    assert (paper.rank, paper.alpha, paper.dropout, paper.targets) == (8, 32, 0.1, "all")
+    assert (mini.max_prompt_tokens, mini.max_new_tokens, mini.reward_weights) == (8192, 256, [.2, .2, .2, .4])
+    assert mini.steps > 0 and train.parse_args(["--epochs", "1"]).steps == 0  # what was asked for wins over the preset
+    assert train.parse_args(["--preset", "paper", "--steps", "3"]).steps == 3
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_args(["--preset", "paper", "--help"])
+    assert stopped.value.code == 0 and "(default: 5e-05)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("more, complaint", [
+    (["--group", "1"], "--group must be at least 2"), (["--micro", "0"], "--micro must be at least 1"),
+    (["--samples-every", "-1"], "--samples-every must be"), (["--val-queries", "0"], "--val-queries must be"),
+    (["--seed", "-1"], "--seed must be"), (["--temperature", "0"], "--temperature must be above 0"),
+    (["--lr", "nan"], "--lr must be above 0"), (["--beta", "nan"], "--beta must be"), (["--dropout", "1"], "--dropout"),
+    (["--steps", "0"], "give --steps or --epochs"), (["--steps", "3", "--epochs", "1"], "not allowed with"),
+    (["--max-pixels", "783"], "--max-pixels must be at least 784"),
+    (["--decision-weight", "pi", "--decode", "free"], "--decision-weight pi needs"),
+    (["--decision-weight", "pi", "--advantage", "group"], "--decision-weight pi needs"),
+])
+def test_flags_that_make_no_sense(more, complaint, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(more)
+    assert complaint in capsys.readouterr().err
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def decisions(groups):
+    return [[c.action.decision for c in group] for group in groups]
+
+
+def test_force_writes_full_once_and_counts_it_half_the_group(home, data, settings):
+    for n, full in ((4, 2), (5, 2), (2, 1)):  # N // 2 FULL, the rest REGION
+        _, groups, counts, _ = drawn(new_policy(home), data, settings("--group", str(n)))
+        assert decisions(groups) == [["FULL"] + ["REGION"] * (n - full)] * 4
+        assert counts == [[full] + [1] * (n - full)] * 4 and sum(counts[0]) == n
+        assert all(c.forced_decision for group in groups for c in group)
+        assert len({c.action.box for group in groups for c in group}) > 4  # the boxes are draws
+
+
+def test_force_with_free_text_writes_every_rollout(home, data, settings):
+    _, groups, counts, _ = drawn(new_policy(home), data, settings("--decode", "free", "--max-new-tokens", "12"))
+    assert counts == [[1] * 4] * 4
+    openings = [["FULL" if '"FULL' in c.action.text else "REGION" for c in group] for group in groups]
+    assert openings == [["FULL", "FULL", "REGION", "REGION"]] * 4  # a random policy goes on with nonsense after that
+    assert {"MALFORMED"} <= {d for group in decisions(groups) for d in group}
+
+
+def test_resample_draws_anew_what_is_missing_and_nothing_else(home, data, settings, monkeypatch):
+    policy, asked = new_policy(home), []
+    monkeypatch.setattr(policy, "rollout", lambda prompts, *rest, roll=policy.rollout, **more:
+                        asked.append(len(prompts)) or roll(prompts, *rest, **more))
+    rows = [0, 1, 2, 3, 4, 5] * 3
+    seeds = train.seeds_of_step(0, rows, TRAIN, 0)
+    _, prompts = train.open_queries(policy, data, rows, 8192)
+    plain, counts = train.sample_groups(policy, prompts, seeds, settings("--balance", "none", "--group", "3"))
+    groups, _ = train.sample_groups(policy, prompts, seeds, settings("--balance", "resample", "--group", "3"))
+    assert counts == [[1] * 3] * 18 and not any(c.forced_decision for group in plain for c in group)
+    lacking = [set(group) != {"FULL", "REGION"} for group in decisions(plain)]
+    assert 0 < sum(lacking) < 18  # both kinds are looked at
+    assert asked == [18, 18, sum(lacking)]
+    assert all({"FULL", "REGION"} == set(group) for group in decisions(groups))
+    for lacks, old, new in zip(lacking, plain, groups):
+        assert [c.forced_decision for c in new].count(True) == int(lacks)  # one is the fewest that mends it
+        assert [c.ids for c in new if not c.forced_decision] == [c.ids for c in old][:len(new) - int(lacks)]
+
+
+def test_draws_do_not_depend_on_the_batch(home, data, settings):
+    policy, args = new_policy(home), settings()
+    _, groups, _, _ = drawn(policy, data, args)
+    _, alone, _, _ = drawn(policy, data, args, rows=[2])
+    assert [c.ids for c in alone[0]] == [c.ids for c in groups[2]]
+    assert [c.ids for c in groups[0]] != [c.ids for c in groups[1]]
+
+
+# ---- scores and rewards ----------------------------------------------------------------------------------------------
+
+
+def acted(decision, box=None):
+    return Action(decision, box, 0.5, "")
+
+
+ACTIONS = [[acted("FULL"), acted("REGION", (0.0, 0.0, 30.0, 20.0)), acted("REGION", (40.5, 10.0, 84.0, 56.0)),
+            acted("REGION", (0.0, 0.0, 30.0, 20.0)), acted("MALFORMED"), acted("FULL")],
+           [acted("FULL"), acted("FULL")],
+           [acted("REGION", (0.0, 0.0, 30.0, 20.0))]]
+
+
+def test_score_views_equals_the_formula_and_encodes_only_what_is_new(data, scorer):
+    rows = [4, 0, 2]
+    images = [data.open_image(row) for row in rows]
+    found = train.score_views(data, scorer, rows, images, ACTIONS)
+    # Boxes of query 0: two different ones; query 2 has a box like one of them, but on another image.
+    assert len(scorer.seen) == 3 and not {(84, 56)} & {image.size for image in scorer.seen}
+    for row, image, group, scores in zip(rows, images, ACTIONS, found):
+        assert scores.shape == (len(group), K)
+        for action, line in zip(group, scores):
+            view = data.full[row].astype(float)
+            if action.decision == "REGION":
+                view = scorer.scorer.image_features([crop(image, action.box)])[0].astype(float)
+            for candidate, score in zip(data.queries[row].pool, line):  # Eq. 3: image + text, here of one image each
+                c = data.kb_image[candidate].astype(float) + data.kb_text[candidate].astype(float)
+                assert score == pytest.approx(view @ c / np.linalg.norm(view) / np.linalg.norm(c), abs=1e-6)
+
+
+def test_a_step_of_full_images_encodes_nothing(data, scorer):
+    train.score_views(data, scorer, [0, 1], [data.open_image(0), data.open_image(1)], [[acted("FULL")]] * 2)
+    assert scorer.seen == []
+
+
+def test_rewards_of_a_group(data, scorer, settings):
+    """FULL pays 1 where the full image is right (Eq. 8), MALFORMED costs eta, equal boxes earn the same."""
+    groups = [[SimpleNamespace(action=a) for a in ACTIONS[0]]]
+    for row in range(TRAIN):
+        image = data.open_image(row)
+        (found,) = train.reward_groups(data, scorer, [row], [image], groups, settings("--eta", "0.7"))
+        full = (data.full[row].astype(float) @ data.candidates(row).T).argmax() == np.argmax(data.queries[row].labels)
+        assert found["total"][[0, 4, 5]].tolist() == [float(full), -0.7, float(full)]
+        assert found["total"][1] == found["total"][3] != found["total"][2]
+
+
+def test_judge_pads_short_groups_with_weight_0(settings):
+    args = settings()
+    groups = [[SimpleNamespace(action=a) for a in group] for group in ACTIONS]
+    totals = [{"total": np.array([1, .3, -.2, .3, -1, 1])}, {"total": np.array([0., 0.])}, {"total": np.array([.5])}]
+    together = train.judge(groups, [[1] * 6, [2, 1], [1]], totals, args)
+    assert [table.shape for table in together] == [(3, 6)] * 3
+    assert together[2].tolist() == [[1] * 6, [2, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    for b, counts in enumerate(([1] * 6, [2, 1], [1])):
+        alone = train.judge(groups[b:b + 1], [counts], totals[b:b + 1], args)
+        for table, single in zip(together, alone):
+            assert torch.equal(table[b, :len(counts)], single[0]) and not table[b, len(counts):].any()
+
+
+DELTAS = ("mrr", "ndcg", "rank", "margin")
+
+
+def test_describe_by_hand():
+    groups = [[SimpleNamespace(action=Action(d, None, p, "")) for d in kinds]
+              for kinds, p in ((("FULL", "REGION", "REGION"), .2), (("REGION", "MALFORMED"), .6))]
+    rewards = [{"total": np.array([1, .5, -.5]), **{f"d_{k}": np.array([0, .4, -.1]) for k in DELTAS}},
+               {"total": np.array([.3, -1]), **{f"d_{k}": np.array([.6, 0]) for k in DELTAS}}]
+    log = train.describe(groups, [[4, 1, 1], [1, 1]], rewards)
+    # 8 rollouts: 4 of FULL earn 1, three REGION .5, -.5 and .3, one MALFORMED -1: 4 + .3 - 1 = 3.3.
+    wanted = {"reward": 3.3 / 8, "full_rate": .5, "region_rate": 3 / 8, "malformed_rate": 1 / 8, "reward_full": 1.0,
+              "reward_region": .1, **{f"d_{k}": .3 for k in DELTAS}, "p_region": .4}
+    assert log == pytest.approx(wanted)
+
+
+def test_describe_says_nothing_about_what_did_not_happen():
+    group = [SimpleNamespace(action=Action("FULL", None, None, ""))]
+    log = train.describe([group], [[1]], [{"total": np.array([1.0])}])
+    assert log == {"reward": 1, "full_rate": 1, "region_rate": 0, "malformed_rate": 0, "reward_full": 1,
+                   "p_region": None}
+
+
+# ---- the update ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence"])
+@pytest.mark.parametrize("beta", ["0", "0.3"])
+def test_micro_batches_change_nothing(home, data, settings, norm, beta):
+    policy = new_policy(home, away=0.1, targets="all")
+    whole = settings("--norm", norm, "--beta", beta, "--micro", "4", "--balance", "resample")
+    prompts, groups, _, advantages = drawn(policy, data, whole)
+    numbers, wanted = gradient(policy, prompts, groups, advantages, whole)
+    for micro in (1, 3):
+        whole.micro = micro
+        parts, found = gradient(policy, prompts, groups, advantages, whole)
+        assert close(found, wanted)
+        # abs: at the first inner step the loss is 0 up to rounding (advantages of a group add up to 0).
+        assert parts == pytest.approx(numbers, rel=1e-4, abs=2e-5)
+
+
+def test_merge_passes_by_hand():
+    one = {"loss": .1, "kl": .4, "clip_fraction": 0., "ratio_max": 1.5, "logp_gap": .1, "size": 30, "entropy": 1.,
+           "decisions": 5}
+    two = {"loss": .3, "kl": .8, "clip_fraction": .5, "ratio_max": 1.2, "logp_gap": .2, "size": 10, "entropy": 2.,
+           "decisions": 1}
+    # kl (30 * .4 + 10 * .8) / 40, entropy 3 / 6, loss (.1 + .3) / 1 inner step
+    assert train.merge_passes([one, two], 1) == pytest.approx({
+        "loss": .4, "kl": .5, "clip_fraction": .125, "ratio_max": 1.5, "logp_gap": .2, "decision_entropy": .5})
+    assert train.merge_passes([one, two], 2)["loss"] == pytest.approx(.2)
+
+
+@pytest.mark.parametrize("mode", ["factored", "group"])
+def test_gradient_equals_the_definition_and_idle_groups_cost_nothing(home, data, settings, monkeypatch, mode):
+    policy, args, passed = new_policy(home, away=0.1), settings("--advantage", mode), []
+    # Queries 1 and 3 earn the same whatever they do.
+    prompts, groups, _, advantages = drawn(policy, data, args, rewards=lambda b, n: b % 2 or math.sin(b + 5 * n))
+    wanted = slow_gradient(policy, prompts, groups, advantages)
+    monkeypatch.setattr(policy, "log_probs", lambda prompts, *rest, log_probs=policy.log_probs, **more:
+                        passed.append(len(prompts)) or log_probs(prompts, *rest, **more))
+    numbers, found = gradient(policy, prompts, groups, advantages, args)
+    assert close(found, wanted, 2e-5)
+    assert passed == [2] and numbers["zero_advantage"] == 0.5
+    assert numbers["grad_norm"] == pytest.approx(float(wanted.norm()), rel=1e-4)
+    assert numbers["logp_gap"] < 1e-4  # sampling and scoring agree
+
+
+def test_a_step_in_which_every_group_is_idle(home, data, settings):
+    policy, args = new_policy(home, away=0.1), settings()
+    prompts, groups, _, advantages = drawn(policy, data, args, rewards=lambda b, n: 0.25)
+    numbers, _ = gradient(policy, prompts, groups, advantages, args, step=lambda: pytest.fail("the weights moved"))
+    assert numbers == {"zero_advantage": 1.0}
+
+
+def test_a_weighted_full_answer_equals_as_many_rollouts(home, data, settings):
+    policy, args = new_policy(home, away=0.1), settings("--group", "6", "--norm", "sequence")
+    prompts, groups, counts, advantages = drawn(policy, data, args)
+    repeated = [[group[0]] * 3 + group[1:] for group in groups]
+    assert counts[0] == [3, 1, 1, 1] and len(repeated[0]) == 6
+    totals = [{"total": np.array([math.sin(3 * b + 5 * max(n - 2, 0)) for n in range(6)])} for b in range(4)]
+    plain = train.judge(repeated, [[1] * 6] * 4, totals, args)
+    assert all(torch.allclose(a[:, 0], b[:, 2]) and torch.allclose(a[:, 1:], b[:, 3:])
+               for a, b in zip(advantages[:2], plain))
+    for norm in ("sequence", "token"):
+        args.norm = norm
+        wanted = gradient(policy, prompts, repeated, plain, args)[1]
+        assert close(gradient(policy, prompts, groups, advantages, args)[1], wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_first_inner_step_has_ratio_1_and_the_second_moves(home, data, settings, dropout):
+    policy, args = new_policy(home, dropout), settings("--inner-steps", "1", "--lr", "0.02")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    torch.manual_seed(0)
+    numbers, _ = gradient(policy, prompts, groups, advantages, args)
+    assert numbers["ratio_max"] == 1.0 and numbers["clip_fraction"] == 0.0
+    args.inner_steps, optimizer, ratios = 2, torch.optim.AdamW(policy.lora_parameters(), lr=0.02), []
+    plain = rgrpo.loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rgrpo, "loss", lambda logp, old, *rest: ratios.append(
+            (logp - old).detach().exp()) or plain(logp, old, *rest))
+        train.update(policy, optimizer, prompts, groups, advantages, args, ["a", "b", "c", "d"])
+    # Micro-batches of 2: queries 0-1, 2-3 and, after the step, 0-1, 2-3 once more.
+    assert [bool((ratio == 1).all()) for ratio in ratios] == [True, True, False, False]
+
+
+def test_dropout_is_on_in_the_update_and_off_in_everything_else(home, data, settings):
+    policy, args = new_policy(home, dropout=0.5, away=0.1), settings("--beta", "0.1")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    first, second = (gradient(policy, prompts, groups, advantages, args)[1] for _ in range(2))
+    assert not close(first, second, 0.01)
+    assert not policy.model.training
+    assert [c.ids for c in drawn(policy, data, args)[1][0]] == [c.ids for c in groups[0]]
+
+
+def test_kl_is_to_the_policy_without_adapter(home, data, settings):
+    policy, args = new_policy(home, away=0.1), settings("--beta", "0")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    without, _ = gradient(policy, prompts, groups, advantages, args)
+    base = load_policy(str(home / "policy"), system_prompt="Crop or not?", attention="eager")
+    with torch.no_grad():
+        ours, theirs = (p.log_probs(prompts, groups) for p in (policy, base))
+    difference = theirs["logp"] - ours["logp"]  # [M, T]
+    k3 = (difference.exp() - difference - 1)[ours["mask"]]
+    weight = (advantages[2].flatten()[:, None] * ours["mask"])[ours["mask"]]
+    kl = float((weight * k3).sum() / weight.sum())
+    args.beta = 0.5
+    log, pulled = gradient(policy, prompts, groups, advantages, args)
+    assert kl > 0.01 and log["kl"] == pytest.approx(kl, rel=1e-4)
+    assert log["loss"] == pytest.approx(without["loss"] + 0.5 * kl, rel=1e-4)
+    # With no advantage anywhere, the KL term alone works on the weights: no group is idle then.
+    nothing = tuple(torch.zeros_like(table) for table in advantages[:2]) + advantages[2:]
+    numbers, found = gradient(policy, prompts, groups, nothing, args)
+    assert numbers["zero_advantage"] == 1.0 and numbers["loss"] == pytest.approx(0.5 * kl, rel=1e-4)
+    assert float(found.norm()) > 1e-4 and not close(found, pulled, 0.01)
+
+
+def test_a_step_down_the_kl_gradient_comes_nearer_to_the_base(home, data, settings):
+    policy, args = new_policy(home, away=0.1), settings("--beta", "1")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    nothing = tuple(torch.zeros_like(table) for table in advantages[:2]) + advantages[2:]
+    optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=0.003, weight_decay=0.0)
+    kl = [train.update(policy, optimizer, prompts, groups, nothing, args, list("abcd"))["kl"] for _ in range(4)]
+    assert kl[0] > kl[1] > kl[2] > kl[3]
+
+
+def test_a_loss_that_is_not_finite_names_the_query(home, data, settings, monkeypatch):
+    policy, args = new_policy(home), settings("--micro", "4")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+
+    def broken(*arguments, log_probs=policy.log_probs, **more):
+        out = log_probs(*arguments, **more)
+        m = next(m for m in range(3, 6) if out["mask"][m].any())  # 3 answers a query: rollouts 3 .. 5 are query 1's
+        t = int(out["mask"][m].int().argmax())
+        return {**out, "logp": out["logp"].index_put((torch.tensor(m), torch.tensor(t)), torch.tensor(math.nan))}
+
+    monkeypatch.setattr(policy, "log_probs", broken)
+    with pytest.raises(FloatingPointError, match=r"loss is nan.*queries \['q1'\]"):
+        gradient(policy, prompts, groups, advantages, args)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(home, data, settings):
+    policy, args = new_policy(home), settings()
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    policy.lora_parameters()[1].register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(FloatingPointError, match="gradient's norm is (nan|inf)"):
+        gradient(policy, prompts, groups, advantages, args, step=lambda: pytest.fail("the weights moved"))
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full, rightwards", [(-1.0, True), (1.0, False)])
+def test_one_query_is_learned(home, data, settings, full, rightwards):
+    """REGION earns its x1 (or minus it) as a share of the width, FULL always less (or always more)."""
+    policy, args = new_policy(home), settings("--group", "16")
+    _, prompts = train.open_queries(policy, data, [1], 8192)
+    optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=0.01, weight_decay=0.0)
+    p_region, x1 = [], []
+    for step in range(25):
+        groups, counts = train.sample_groups(policy, prompts, [(0, step, 1)], args)
+        place = np.array([c.action.box[0] / 84 if c.action.box else 0.0 for c in groups[0]])
+        total = np.where(place, place if rightwards else -place, 0.0)
+        total[0] = full
+        advantages = train.judge(groups, counts, [{"total": total}], args)
+        train.update(policy, optimizer, prompts, groups, advantages, args, ["q"])
+        p_region.append(groups[0][0].action.p_region)
+        x1.append(place[1:].mean())
+    assert p_region[-1] > 0.9 if rightwards else p_region[-1] < 0.1
+    assert 0.05 < p_region[0] < 0.95
+    before, after = np.mean(x1[:3]), np.mean(x1[-3:])
+    assert after > before + 0.2 if rightwards else after < before - 0.1
+
+
+def test_validate_equals_one_query_at_a_time(home, scorer, settings, monkeypatch):
+    policy, args, asked = new_policy(home, away=0.3), settings("--val-queries", "2"), []
+    val = load_data(str(home / "data"), "val")
+    found = train.validate(policy, scorer, val, args)
+    ranks, crops = [], 0
+    for row in range(2):
+        (action,) = policy.act([val.open_image(row)], [val.queries[row].question])
+        crops += action.decision == "REGION"
+        view = scorer.image_features([crop(val.open_image(row), action.box)])[0] if action.box else val.full[row]
+        scores = val.candidates(row) @ view.astype(np.float32)
+        ranks.append(1 + int((scores > scores[np.argmax(val.queries[row].labels)]).sum()))
+    assert found == {"val_mrr": pytest.approx(np.mean([1 / rank for rank in ranks])), "val_crop_rate": crops / 2,
+                     "val_cond_r1": pytest.approx(np.mean([rank == 1 for rank in ranks]))}
+    # Evaluated as trained: free text stays free text. And more val queries than there are is all of them.
+    monkeypatch.setattr(policy, "act", lambda images, questions, decode, batch_size:
+                        asked.append((len(images), decode)) or [acted("FULL")] * len(images))
+    assert train.validate(policy, scorer, val, settings("--decode", "free"))["val_crop_rate"] == 0
+    assert asked == [(VAL, "free")]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+DROPOUT = ("--dropout", "0.2", "--targets", "all", "--beta", "0.05", "--inner-steps", "2")
+
+
+@pytest.fixture(scope="session")
+def finished(home):
+    """A run of four steps; tests read it and change nothing."""
+    train.main(flags(home, home / "finished", *DROPOUT))
+    return home / "finished"
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(run):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(run)]
+
+
+def weights(run):
+    return (run / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def copy_run(finished, folder, *names):
+    """Some files of the finished run, for a test to change."""
+    (folder / "run" / "adapter").mkdir(parents=True)
+    for name in names:
+        shutil.copy(finished / name, folder / "run" / name)
+    return folder / "run"
+
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert {"args", "manifest_sha256", "pools", "policy", "scorer", "data"} == set(config)
+    assert config["args"]["steps"] == 4 and config["args"]["max_prompt_tokens"] == 8192
+    assert {path.name for path in finished.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "state.pt",
+                                                          "adapter"}
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3  # FULL once, REGION twice
+    assert {"query_id", "question", "text", "decision", "box", "p_region", "forced", "reward", "decision_advantage",
+            "box_advantage"} < set(samples[0])
+
+
+def test_log_has_the_documented_fields_and_no_other(finished):
+    log = read_log(finished)
+    assert [line["step"] for line in log] == [0, 1, 2, 3]
+    assert [set(line) for line in log] == [
+        ALWAYS | OF_FULL | OF_REGION | LEARNED | (EVALUATED if step in (1, 3) else set()) for step in range(4)]
+    assert all(math.isfinite(value) for line in log for value in line.values())
+    assert [line["lr"] for line in log] == pytest.approx([train.learning_rate(s, 4, 0.01, 1) for s in range(4)])
+    assert all(line["full_rate"] == line["region_rate"] == 0.5 for line in log)  # force
+    assert all(line["kl"] > 0 for line in log)  # the second inner step has left the reference policy, at the latest
+
+
+def test_resumed_run_equals_an_unbroken_one(home, finished, tmp_path, monkeypatch):
+    run, whole = tmp_path / "run", train.train_step
+
+    def killed(step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return whole(step, *rest)
+
+    monkeypatch.setattr(train, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags(home, run, *DROPOUT))
+    assert len(read_log(run)) == 3 and not (run / "adapter").exists()  # steps 0 and 1 are in state.pt, step 2 is lost
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "reward": 0.5}'[:17])
+    monkeypatch.setattr(train, "train_step", whole)
+    train.main(flags(home, run, *DROPOUT, "--resume"))
+    assert untimed(run) == untimed(finished)
+    assert (run / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
+    assert weights(run) == weights(finished)
+
+
+def test_another_seed_gives_other_numbers_and_the_same_seed_the_same(home, data, scorer, settings):
+    found = []
+    for seed in (0, 0, 1):
+        args = settings("--seed", str(seed), "--dropout", "0.2")
+        policy = new_policy(home, dropout=0.2, seed=seed)
+        optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=0.01, weight_decay=0.0)
+        log, samples = train.train_step(0, 4, policy, optimizer, scorer, data, args)
+        found.append((log, samples, [p.detach().clone() for p in policy.lora_parameters()]))
+    first, again, other = found
+    assert first[:2] == again[:2] and all(map(torch.equal, first[2], again[2]))
+    assert first[0]["p_region"] != other[0]["p_region"] and first[1] != other[1]
+
+
+def refused(*command):
+    """main's last words."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(list(command))
+    return str(stopped.value)
+
+
+def test_finished_run(home, finished, tmp_path, monkeypatch, capsys):
+    run = copy_run(finished, tmp_path, "config.json", "log.jsonl", "state.pt", ADAPTER)
+    assert "holds a finished run already: choose another --run" in refused(*flags(home, run, *DROPOUT))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train, "open_policy", lambda args: pytest.fail("nothing is left to do"))
+    train.main(flags(home, run, *DROPOUT, "--resume"))
+    assert "already finished" in capsys.readouterr().out
+    (run / "state.pt").unlink()  # may be removed to save disk
+    train.main(flags(home, run, *DROPOUT, "--resume"))
+    assert {path: path.read_bytes() for path in before if path.exists()} == {
+        path: content for path, content in before.items() if path.name != "state.pt"}
+
+
+def test_run_with_a_state_needs_resume_and_its_own_settings(home, finished, tmp_path, monkeypatch):
+    run = copy_run(finished, tmp_path, "config.json", "state.pt")
+    assert "go on with --resume" in refused(*flags(home, run, *DROPOUT))
+    message = refused(*flags(home, run, *DROPOUT, "--resume", "--lr", "0.02", "--group", "6"))
+    assert "--resume with other values of group, lr than" in message and "config.json" in message
+    # These may change: they have no part in the result.
+    monkeypatch.setattr(train, "open_policy", lambda args: pytest.fail("came through"))
+    with pytest.raises(pytest.fail.Exception, match="came through"):
+        train.main(flags(home, run, *DROPOUT, "--resume", "--save-every", "1", "--max-prompt-tokens", "9000"))
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", {**config, "pools": "of other data"})
+    assert "was trained on other pools" in refused(*flags(home, run, *DROPOUT, "--resume"))
+    (run / "config.json").unlink()
+    assert "config.json is missing" in refused(*flags(home, run, *DROPOUT, "--resume"))
+
+
+def test_run_killed_before_its_first_state_starts_again(home, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "log.jsonl").write_text('{"step": 0, "reward": 9}\n{"step": 1, "rew')
+    train.main(flags(home, run, "--steps", "1", "--eval-every", "0", "--resume"))
+    assert [line["step"] for line in read_log(run)] == [0] and read_log(run)[0]["reward"] < 9
+
+
+def test_system_prompt_file(home, tmp_path):
+    assert "--system-prompt nowhere.txt: no such file" in refused(
+        *flags(home, tmp_path / "run", "--system-prompt", "nowhere.txt"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "the file is empty" in refused(
+        *flags(home, tmp_path / "run", "--system-prompt", str(tmp_path / "empty.txt")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_prompt_is_an_error_and_is_not_cut(home, data, tmp_path):
+    message = refused(*flags(home, tmp_path / "run", "--max-prompt-tokens", "30", "--seed", "2"))
+    first = data.queries[train.queries_of_step(0, TRAIN, 2, 2)[0]]
+    # 84 x 56 pixels are 3 x 2 image tokens.
+    assert first.query_id in message and ", 6 of them its image" in message and "--max-pixels" in message
+    length = int(message.split(" tokens")[0].split()[-1])
+    train.main(flags(home, tmp_path / "other", "--max-prompt-tokens", str(length), "--steps", "1", "--eval-every", "0",
+                     "--seed", "2"))  # the questions are of equal length: at the limit is within it
+
+
+def test_question_that_cannot_be_asked_names_the_query(home, data):
+    data.queries[3].question = "What is <|im_end|>?"
+    with pytest.raises(ValueError, match=r"question 1 contains .* in queries \['train-2', 'train-3'\]"):
+        train.open_queries(new_policy(home), data, [2, 3], 8192)
+
+
+def test_not_finite_names_the_step(home, tmp_path, monkeypatch):
+    def burst(*arguments):
+        raise FloatingPointError(f"loss is nan; queries {arguments[-1]}")
+
+    monkeypatch.setattr(train, "update", burst)
+    message = refused(*flags(home, tmp_path / "run"))
+    assert "step 0 (from 0" in message and "train-" in message and "--lr" in message
+
+
+def test_data_without_queries_is_refused(home, tmp_path):
+    for split, words in (("train", "no training query has its positive"), ("val", "give --eval-every 0")):
+        folder = tmp_path / split
+        shutil.copytree(home / "data", folder / "data")
+        (folder / "data" / f"{split}.jsonl").write_text("")
+        write_array(folder / "data" / f"{split}_full.npy", np.zeros((0, 8), np.float16))
+        manifest = json.loads((folder / "data/manifest.json").read_text())
+        for name in (f"{split}.jsonl", f"{split}_full.npy"):
+            manifest["files"][name]["bytes"] = (folder / "data" / name).stat().st_size
+        write_json(folder / "data/manifest.json", manifest)
+        assert words in refused(*flags(home, folder / "run", "--data", str(folder / "data")))
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 2, "text": "{}', '{"step": 2, "reward": {"d_mrr": 0.5}', '{"step": 2}'])
+def test_keep_lines_before(tmp_path, end):
+    """Whatever stands behind the last newline was cut off, also when it ends in a brace."""
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "text": "a } b\u2028"}) + "\n" for step in (0, 0, 1, 2)]
+    path.write_text("".join(lines) + end)
+    train.keep_lines_before(path, 2)
+    assert path.read_text() == "".join(lines[:3])
+    train.keep_lines_before(path, 0)
+    assert path.read_text() == ""
+    train.keep_lines_before(tmp_path / "none.jsonl", 3)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_broken_line_in_the_middle_of_a_log_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl:2: not JSON"):
+        train.keep_lines_before(tmp_path / "log.jsonl", 3)
+
+
+def test_readable_line():
+    log = {"step": 4, "reward": .25, "p_region": None, "lr": 1e-3, "seconds": 2.0, "val_mrr": .5, "val_cond_r1": None,
+           "val_crop_rate": .125}
+    line = train.readable(log, 10, 90)
+    assert line.startswith("step 5/10 reward +0.250 (FULL - REGION -) p(REGION) - malformed -")
+    assert line.endswith("lr 1.0e-03 2.0 s, 1.5 min left | val MRR 0.500 CondR@1 - crop rate 0.12")
