@@ -1,14 +1,15 @@
 """The embedded world: a drawn knowledge base and queries in Encyclopedic-VQA's own file format.
 
-    python -m mini.world --out raw/world              # about 1,500 entities and 3,300 queries, under a minute on 2 cores
+    python -m mini.world --out raw/world              # 1,200 entities and 3,300 queries, under a minute on 2 cores
     python -m mini.world --out raw/world --show 24    # and a contact sheet with the truth boxes
 
 Two kinds of category, because knowing *when* to crop must be worth something:
 
-* **species-like** (beetle, bird, flower ...): identity lies in the object. Siblings of a genus share shape, main colour and often the
-  pattern. Most scenes are cluttered with objects of other categories: the full image is confused, a crop to the target is not.
-* **landmark-like** (tower, castle, bridge ...): the siblings of a family share the very same building, sky and ground; what tells them
-  apart stands *around* the building. Cropping to the building loses it: the full image is right.
+* **species-like** (beetle, bird, flower ...): identity lies in the object. Siblings of a genus share shape, main colour
+  and often the pattern. Most scenes are cluttered with objects of other categories: the full image is confused, a crop
+  to the target is not.
+* **landmark-like** (tower, castle, bridge ...): the siblings of a family share the very same building, sky and ground;
+  what tells them apart stands *around* the building. Cropping to the building loses it: the full image is right.
 
 Files, exactly as users of the real benchmark have them (so prepare.py has one reader):
     train.csv val.csv test.csv         the csv columns of Encyclopedic-VQA
@@ -33,14 +34,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIDE = 224        # pixels of a scene; the policy sees it shrunk to 168, so boxes must be mapped back, as with real photographs
+SIDE = 224        # pixels of a scene; the policy sees it shrunk to 168: boxes must be mapped back, as with photographs
 SPRITE = 128      # pixels of the square an object is drawn in before it is scaled into a scene
 SIBLINGS = 6      # entities of a genus / of a landmark family
+SPLITS = ("train", "val", "test")
 
 COLOURS = {
-    "crimson": (200, 30, 50), "orange": (240, 130, 30), "amber": (250, 200, 50), "lime": (150, 210, 60), "green": (30, 130, 60),
-    "teal": (30, 160, 160), "azure": (60, 140, 240), "navy": (30, 40, 120), "violet": (130, 60, 190), "pink": (245, 130, 180),
-    "brown": (120, 75, 40), "ivory": (245, 240, 220), "grey": (130, 130, 135), "black": (25, 25, 30),
+    "crimson": (200, 30, 50), "orange": (240, 130, 30), "amber": (250, 200, 50), "lime": (150, 210, 60),
+    "green": (30, 130, 60), "teal": (30, 160, 160), "azure": (60, 140, 240), "navy": (30, 40, 120),
+    "violet": (130, 60, 190), "pink": (245, 130, 180), "brown": (120, 75, 40), "ivory": (245, 240, 220),
+    "grey": (130, 130, 135), "black": (25, 25, 30),
 }
 PATTERNS = ("plain", "spotted", "striped", "banded", "ringed", "checked")
 SPECIES = ("beetle", "butterfly", "bird", "fish", "flower", "mushroom", "snail", "turtle")
@@ -53,37 +56,55 @@ QUESTIONS = {
     "landmark": ("When was this {c} built?", "Who designed this {c}?", "How tall is this {c}?",
                  "In which province does this {c} stand?", "What was this {c} used for?"),
 }
-# Names of the data set and of the entities that the stand-ins were pretrained on start with different syllables: disjoint for every seed.
-FIRST_SYLLABLES = {"data": ("Vel", "Mor", "Tan", "Ser", "Kal", "Bru", "Fen", "Lor", "Dra", "Zan", "Pel", "Hyr"),
-                   "pretrain": ("Ost", "Gim", "Wex", "Qua", "Nub", "Ith", "Cyr", "Ulm", "Jas", "Rhe", "Ebb", "Ack")}
+# Names of the data set and of the entities that the stand-ins were pretrained on start with different syllables:
+# disjoint for every seed.
+FIRST_SYLLABLES = {
+    "data": ("Vel", "Mor", "Tan", "Ser", "Kal", "Bru", "Fen", "Lor", "Dra", "Zan", "Pel", "Hyr"),
+    "pretrain": ("Ost", "Gim", "Wex", "Qua", "Nub", "Ith", "Cyr", "Ulm", "Jas", "Rhe", "Ebb", "Ack"),
+}
 SYLLABLES = ("a", "o", "i", "en", "ar", "il", "os", "un", "er", "ia", "ol", "im", "at", "eth", "or", "und")
-REGIONS = ("Avaland", "Berrin", "Corvia", "Dunmere", "Eastmark", "Ferrol", "Gallen", "Hethe", "Isk", "Jorvale", "Keld", "Lunaria")
+REGIONS = ("Avaland", "Berrin", "Corvia", "Dunmere", "Eastmark", "Ferrol", "Gallen", "Hethe", "Isk", "Jorvale", "Keld",
+           "Lunaria")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="raw/world", help="folder to write (replaced when it exists)")
     size = parser.add_argument_group("size")
-    size.add_argument("--entities", type=int, default=1200, help=f"entities of the knowledge base, a multiple of {SIBLINGS}")
-    size.add_argument("--images", type=int, default=3, help="reference images an entity")
+    size.add_argument("--entities", type=int, default=1200,
+                      help=f"entities of the knowledge base, a multiple of {SIBLINGS}, at least {2 * SIBLINGS}")
+    size.add_argument("--images", type=int, default=3, help="reference images an entity, at least 1")
     size.add_argument("--train", type=int, default=2000, help="training queries")
     size.add_argument("--val", type=int, default=300, help="validation queries")
     size.add_argument("--test", type=int, default=1000, help="test queries, of entities that no training query has")
     shape = parser.add_argument_group("what is drawn")
     shape.add_argument("--landmarks", type=float, default=0.2, help="share of landmark-like entities and queries, 0..1")
-    shape.add_argument("--filled", type=float, default=0.08, help="share of species queries whose target fills the frame, 0..1")
-    parser.add_argument("--seed", type=int, default=0, help="everything is a function of it")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    shape.add_argument("--filled", type=float, default=0.08,
+                       help="share of species queries whose target fills the frame, 0..1")
+    parser.add_argument("--seed", type=int, default=0, help="everything is a function of it, 0 or more")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw, at least 1")
     parser.add_argument("--show", type=int, default=0, help="also write <out>/contact.png with this many test queries")
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------- entities
+def check(args):
+    """ValueError naming the flag whose value cannot be drawn. (--entities: make_entities says.)"""
+    for name, least in {"images": 1, "workers": 1, "seed": 0, "train": 0, "val": 0, "test": 0, "show": 0}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least {least} is needed")
+    for name in ("landmarks", "filled"):
+        if not 0 <= getattr(args, name) <= 1:       # also catches nan
+            raise ValueError(f"--{name} {getattr(args, name)}: a share between 0 and 1 is needed")
+    if args.show and not args.test:
+        raise ValueError(f"--show {args.show} --test 0: the contact sheet shows test queries, and there are none")
+
+
+# ------------------------------------------------------------------------------------------------------------ entities
 
 
 @dataclass(frozen=True)
 class Entity:
-    """One entity. `look` holds all that is drawn: for species its own appearance, for landmarks building plus surroundings."""
+    """One entity. `look` holds all that is drawn: a species' own appearance, a landmark's building and surroundings."""
 
     name: str
     kind: str          # "species" | "landmark"
@@ -98,29 +119,32 @@ class Entity:
 
 
 def pick(rng, options):
+    # rng.choice would first make an array of the options, and numpy values of what JSON is to write.
     return options[int(rng.integers(len(options)))]
 
 
 def make_entities(count, landmark_share, seed, universe="data"):
     """`count` entities in families of SIBLINGS, a function of (count, landmark_share, seed, universe).
 
-    universe: "data" (the data set) or "pretrain" (what the stand-in models see): different random streams and different names.
+    universe: "data" (the data set) or "pretrain" (what the stand-in models see): different random streams and names.
+    ValueError for a count that does not make two or more whole families.
     """
     rng = np.random.default_rng([seed, sorted(FIRST_SYLLABLES).index(universe)])
-    families = count // SIBLINGS
-    if families < 2:
-        raise ValueError(f"--entities {count}: at least {2 * SIBLINGS} are needed (families of {SIBLINGS})")
+    families, rest = divmod(count, SIBLINGS)
+    if families < 2 or rest:
+        raise ValueError(f"--entities {count}: a multiple of {SIBLINGS} (the size of a family), at least "
+                         f"{2 * SIBLINGS}, is needed")
     names, entities = set(), []
     for family in range(families):
-        landmark = family < round(families * landmark_share)
-        kind, category = ("landmark", LANDMARKS[family % len(LANDMARKS)]) if landmark else ("species", SPECIES[family % len(SPECIES)])
-        looks = (landmark_family if landmark else species_genus)(rng)
+        kind = "landmark" if family < round(families * landmark_share) else "species"
+        categories, looks_of = (LANDMARKS, landmark_family) if kind == "landmark" else (SPECIES, species_genus)
+        category, looks = categories[family % len(categories)], looks_of(rng)
         genus = new_name(rng, universe, names)
         for look in looks:
             epithet = new_name(rng, universe, names)
-            name = f"{epithet} {category.capitalize()}" if landmark else f"{genus} {epithet.lower()}"
-            facts = {"region": pick(rng, REGIONS), "size": int(rng.integers(2, 90)), "year": int(rng.integers(1100, 1990)),
-                     "person": new_name(rng, universe, names)}
+            name = f"{epithet} {category.capitalize()}" if kind == "landmark" else f"{genus} {epithet.lower()}"
+            facts = {"region": pick(rng, REGIONS), "size": int(rng.integers(2, 90)),
+                     "year": int(rng.integers(1100, 1990)), "person": new_name(rng, universe, names)}
             entities.append(Entity(name, kind, category, family, look, facts))
     return entities
 
@@ -128,19 +152,21 @@ def make_entities(count, landmark_share, seed, universe="data"):
 def new_name(rng, universe, names):
     """A made-up word that `names` does not hold yet, and is added to it."""
     while True:
-        name = pick(rng, FIRST_SYLLABLES[universe]) + "".join(pick(rng, SYLLABLES) for _ in range(int(rng.integers(2, 5))))
+        name = pick(rng, FIRST_SYLLABLES[universe])
+        name += "".join(pick(rng, SYLLABLES) for _ in range(int(rng.integers(2, 5))))
         if name not in names:
             names.add(name)
             return name
 
 
 def species_genus(rng):
-    """The looks of one genus: shape and main colour shared; pattern, its colour and the accent tell the siblings apart."""
+    """The looks of one genus: shape and main colour shared; pattern, its colour and the accent tell siblings apart."""
     colours = list(COLOURS)
     shape = [round(float(v), 3) for v in rng.uniform(0, 1, 4)]
     body, pattern, second = pick(rng, colours), pick(rng, PATTERNS), pick(rng, colours)
     looks, seen = [], set()
     while len(looks) < SIBLINGS:
+        # The genus' own pattern and its colour come back in about a third of the siblings: near misses, as in nature.
         look = {"shape": shape, "body": body, "pattern": pattern if rng.random() < 0.3 else pick(rng, PATTERNS),
                 "second": second if rng.random() < 0.3 else pick(rng, colours), "accent": pick(rng, colours)}
         # Two siblings always differ in what a glance at the object shows: pattern and accent, or both colours.
@@ -155,12 +181,14 @@ def species_genus(rng):
 def landmark_family(rng):
     """The looks of one family: the same building, sky and ground; the neighbours left, right and in front differ."""
     colours = list(COLOURS)
-    shared = {"shape": [round(float(v), 3) for v in rng.uniform(0, 1, 4)], "wall": pick(rng, colours), "roof": pick(rng, colours),
+    shared = {"shape": [round(float(v), 3) for v in rng.uniform(0, 1, 4)],
+              "wall": pick(rng, colours), "roof": pick(rng, colours),
               "sky": [int(v) for v in rng.integers(120, 250, 3)], "ground": [int(v) for v in rng.integers(40, 190, 3)],
-              "ridge": int(rng.integers(1 << 30))}
+              "ridge": int(rng.integers(1 << 30))}      # a seed: the skyline is drawn from it in every photograph
     looks, seen = [], set()
     while len(looks) < SIBLINGS:
         around = [(pick(rng, NEIGHBOURS), pick(rng, colours)) for _ in range(3)]     # left, right, in front
+        # No two siblings share a neighbour at the same place: any of the three tells them apart, two may be hidden.
         keys = {("left", around[0]), ("right", around[1]), ("front", around[2])}
         if keys & seen:
             continue
@@ -170,30 +198,37 @@ def landmark_family(rng):
 
 
 def describe(entity):
-    """The entity's article as (section titles, section texts); the first section looks like an encyclopaedia's lead."""
+    """The entity's article as (section titles, section texts); the first is like an encyclopaedia's lead section."""
     look, facts, c = entity.look, entity.facts, entity.category
     if entity.kind == "species":
         lead = (f"{entity.name} is a {c} with a {look['body']} body, {look['pattern']} in {look['second']}, "
                 f"and {look['accent']} limbs.")
-        return ([entity.name, "Distribution", "Description"],
-                [lead, f"It lives in {facts['region']}.", f"It grows to {facts['size']} millimetres and was first described by "
-                 f"{facts['person']} in {facts['year']}."])
+        where = f"It lives in {facts['region']}."
+        more = (f"It grows to {facts['size']} millimetres and was first described by "
+                f"{facts['person']} in {facts['year']}.")
+        return [entity.name, "Distribution", "Description"], [lead, where, more]
     (left, left_colour), (right, right_colour), (front, front_colour) = look["around"]
-    lead = (f"{entity.name} is a {c} of {look['wall']} stone with a {look['roof']} roof. A {left_colour} {left} stands to its left, "
-            f"a {right_colour} {right} to its right and a {front_colour} {front} in front.")
-    return ([entity.name, "Location", "History"],
-            [lead, f"It stands in {facts['region']}.", f"It was built in {facts['year']} by {facts['person']} and is {facts['size']} metres tall."])
+    lead = (f"{entity.name} is a {c} of {look['wall']} stone with a {look['roof']} roof. "
+            f"A {left_colour} {left} stands to its left, a {right_colour} {right} to its right "
+            f"and a {front_colour} {front} in front.")
+    where = f"It stands in {facts['region']}."
+    more = f"It was built in {facts['year']} by {facts['person']} and is {facts['size']} metres tall."
+    return [entity.name, "Location", "History"], [lead, where, more]
 
 
 def answer(entity, question_index):
-    """The answer that the article gives to QUESTIONS[kind][question_index]."""
+    """The answer to QUESTIONS[kind][question_index]: one of the facts, or (season, status, use) the same for all.
+
+    Re-ranking never reads it; it is there because the benchmark's files have it.
+    """
     facts = entity.facts
     if entity.kind == "species":
-        return (facts["region"], f"{facts['size']} millimetres", facts["person"], "spring", "least concern")[question_index]
+        return (facts["region"], f"{facts['size']} millimetres", facts["person"], "spring",
+                "least concern")[question_index]
     return (str(facts["year"]), facts["person"], f"{facts['size']} metres", facts["region"], "defence")[question_index]
 
 
-# ---------------------------------------------------------------------------------------------- drawing: unit square [-1, 1], y down
+# ------------------------------------------------------------------------ shapes: polygons in [-1, 1] x [-1, 1], y down
 
 
 def oval(x, y, rx, ry, turn=0.0, points=20):
@@ -214,91 +249,147 @@ def stroke(x1, y1, x2, y2, width=0.06):
     return np.array([(x1, y1) + n, (x2, y2) + n, (x2, y2) - n, (x1, y1) - n])
 
 
-def tri(*points):
+def poly(*points):
     return np.array(points)
 
 
-def species_parts(category, shape):
-    """The polygons of one species as (points, role), back to front. Only "body" parts carry the pattern."""
-    a, b, c, d = shape
-    if category == "beetle":
-        legs = [(stroke(0, y, s * 0.75, y + s2, 0.08), "accent") for y in (-0.3, 0.05, 0.4) for s, s2 in ((-1, 0.18), (1, 0.18))]
-        rx = 0.4 + 0.2 * a
-        return legs + [(oval(0, -0.62 - 0.08 * b, 0.2 + 0.12 * c, 0.2), "accent"), (oval(0, 0.08, rx, 0.6 + 0.2 * b), "body"), (stroke(0, -0.5, 0, 0.7, 0.03), "line")]
-    if category == "butterfly":
-        wings = [(oval(s * 0.45, -0.3, 0.4 + 0.12 * a, 0.3 + 0.15 * b, s * 0.6), "body") for s in (-1, 1)]
-        lower = [(oval(s * 0.35, 0.4, 0.26 + 0.12 * c, 0.26 + 0.2 * d, -s * 0.5), "body") for s in (-1, 1)]
-        return wings + lower + [(oval(0, 0, 0.09, 0.62), "accent"), (stroke(0, -0.5, -0.3, -0.9, 0.04), "accent"), (stroke(0, -0.5, 0.3, -0.9, 0.04), "accent")]
-    if category == "bird":
-        return [(tri((-0.35, 0.1), (-0.98, -0.15 + 0.5 * a), (-0.9, 0.4 + 0.2 * a)), "accent"), (stroke(-0.05, 0.4, -0.05, 0.9), "line"), (stroke(0.15, 0.4, 0.15, 0.9), "line"),
-                (oval(0, 0.1, 0.55 + 0.1 * b, 0.36 + 0.12 * c, -0.3), "body"), (oval(0.48, -0.4, 0.22 + 0.08 * d, 0.22 + 0.08 * d), "body"),
-                (tri((0.66, -0.48), (0.98, -0.36), (0.66, -0.28)), "accent"), (oval(0.54, -0.46, 0.05, 0.05), "line")]
-    if category == "fish":
-        return [(tri((-0.4, 0), (-0.98, -0.3 - 0.25 * a), (-0.8, 0), (-0.98, 0.3 + 0.25 * a)), "accent"), (tri((-0.2, -0.2), (0.1, -0.5 - 0.3 * b), (0.4, -0.2)), "accent"),
-                (tri((-0.1, 0.2), (0.05, 0.45 + 0.2 * b), (0.3, 0.2)), "accent"), (oval(0.1, 0, 0.68 + 0.1 * c, 0.3 + 0.16 * d), "body"), (oval(0.52, -0.06, 0.06, 0.06), "line")]
-    if category == "flower":
-        n = 5 + int(a * 3.99)
-        petals = [(oval(0.5 * math.cos(t), -0.3 + 0.5 * math.sin(t), 0.3 + 0.1 * b, 0.14 + 0.1 * c, t), "body") for t in np.arange(n) * 2 * math.pi / n]
-        return [(stroke(0, -0.2, 0, 1.0, 0.09), "stem")] + petals + [(oval(0, -0.3, 0.2 + 0.1 * d, 0.2 + 0.1 * d), "accent")]
-    if category == "mushroom":
-        cap = oval(0, -0.15, 0.6 + 0.3 * a, 0.5 + 0.25 * b)
-        cap[:, 1] = np.minimum(cap[:, 1], 0.02)
-        w = 0.14 + 0.14 * c
-        return [(tri((-w, -0.1), (w, -0.1), (w + 0.12 * d, 0.9), (-w - 0.12 * d, 0.9)), "accent"), (cap, "body")]
-    if category == "snail":
-        r = 0.46 + 0.14 * a
-        horns = [(stroke(0.75, 0.5, 0.8 + dx, 0.05, 0.05), "accent") for dx in (0.0, 0.15)]
-        return horns + [(oval(0.05, 0.68, 0.85, 0.16 + 0.08 * b), "accent"), (oval(0.72, 0.5, 0.16, 0.2 + 0.08 * c), "accent"), (oval(-0.1, 0.0, r + 0.1 * d, r), "body"), (oval(-0.1, 0.0, 0.12, 0.12), "line")]
-    legs = [(oval(x, y, 0.2, 0.14 + 0.08 * a, s), "accent") for x, y, s in ((-0.5, -0.45, 0.7), (0.5, -0.45, -0.7), (-0.5, 0.5, -0.7), (0.5, 0.5, 0.7))]
-    return legs + [(oval(0, -0.78, 0.17 + 0.06 * b, 0.2), "accent"), (tri((-0.08, 0.6), (0.08, 0.6), (0, 0.98)), "accent"),
-                   (oval(0, 0, 0.5 + 0.16 * c, 0.58 + 0.1 * d), "body")]     # turtle
+# A category's parts as (polygon, role), back to front, for four shape numbers in 0..1 (what each does is its name; a
+# category that needs three ignores one). Of a species only "body" parts carry the pattern: limbs hide it.
 
 
-def building_parts(category, shape):
-    """The polygons of one building as (points, role); it stands on y = 1."""
-    a, b, c, d = shape
-    if category == "tower":
-        w, top = 0.2 + 0.12 * a, -0.45 - 0.2 * b
-        windows = [(rect(-0.05, y, 0.05, y + 0.14), "line") for y in np.linspace(top + 0.2, 0.7, 3 + int(3 * c))]
-        return [(rect(-w, top, w, 1), "wall"), (rect(-w - 0.08, top - 0.05, w + 0.08, top + 0.08), "roof"), (tri((-w, top), (0, -0.98), (w, top)), "roof")] + windows
-    if category == "castle":
-        h = -0.1 - 0.3 * a
-        merlons = [(rect(x, h - 0.12, x + 0.11, h + 0.02), "wall") for x in np.arange(-0.55, 0.5, 0.22)]
-        sides = [(rect(x - 0.15, h - 0.25 - 0.2 * b, x + 0.15, 1), "wall") for x in (-0.7, 0.7)]
-        roofs = [(tri((x - 0.2, h - 0.25 - 0.2 * b), (x, -0.75 - 0.2 * c), (x + 0.2, h - 0.25 - 0.2 * b)), "roof") for x in (-0.7, 0.7)]
-        return [(rect(-0.6, h, 0.6, 1), "wall")] + merlons + sides + roofs + [(oval(0, 0.75, 0.16, 0.3), "line"), (rect(-0.16, 0.75, 0.16, 1), "line")]
-    if category == "bridge":
-        n = 2 + int(2.99 * a)
-        deck = 0.1 - 0.2 * b
-        arches = [(oval(x, 1.0, 0.75 / n, 0.72 - 0.1 * c), "hole") for x in (np.arange(n) + 0.5) * 2 / n - 1]
-        posts = [(rect(x - 0.07, deck - 0.35 - 0.25 * d, x + 0.07, deck), "roof") for x in (-0.8, 0.8)]
-        return [(rect(-1, deck, 1, 1), "wall")] + posts + [(rect(-1, deck - 0.06, 1, deck + 0.06), "roof")] + arches
-    if category == "temple":
-        n, top = 4 + int(2.99 * a), -0.15 - 0.2 * b
-        columns = [(rect(x - 0.07, top, x + 0.07, 0.85), "wall") for x in np.linspace(-0.72, 0.72, n)]
-        return [(rect(-0.75, top, 0.75, 0.85), "line")] + columns + [(rect(-0.95, 0.82, 0.95, 1), "wall"), (rect(-0.88, top - 0.1, 0.88, top + 0.05), "wall"), (tri((-0.92, top - 0.1), (0, -0.65 - 0.3 * c), (0.92, top - 0.1)), "roof")]
-    w = 0.2 + 0.1 * a
-    turn = d * math.pi / 2
-    sails = [(stroke(0, -0.3, 0.65 * math.cos(turn + k * math.pi / 2), -0.3 + 0.65 * math.sin(turn + k * math.pi / 2), 0.13), "roof") for k in range(4)]
-    return [(tri((-w, -0.35), (w, -0.35), (w + 0.2 * b, 1), (-w - 0.2 * b, 1)), "wall"), (oval(0, -0.38, w + 0.04, 0.2), "roof"), (rect(-0.08, 0.6, 0.08, 1), "line")] + sails     # windmill
+def beetle(width, length, head, _):
+    legs = [(stroke(0, y, x, y + 0.18, 0.08), "accent") for y in (-0.3, 0.05, 0.4) for x in (-0.75, 0.75)]
+    return legs + [(oval(0, -0.62 - 0.08 * length, 0.2 + 0.12 * head, 0.2), "accent"),
+                   (oval(0, 0.08, 0.4 + 0.2 * width, 0.6 + 0.2 * length), "body"),
+                   (stroke(0, -0.5, 0, 0.7, 0.03), "line")]
+
+
+def butterfly(upper_width, upper_height, lower_width, lower_height):
+    w1, h1 = 0.4 + 0.12 * upper_width, 0.3 + 0.15 * upper_height
+    w2, h2 = 0.26 + 0.12 * lower_width, 0.26 + 0.2 * lower_height
+    upper = [(oval(s * 0.45, -0.3, w1, h1, s * 0.6), "body") for s in (-1, 1)]
+    lower = [(oval(s * 0.35, 0.4, w2, h2, -s * 0.5), "body") for s in (-1, 1)]
+    feelers = [(stroke(0, -0.5, x, -0.9, 0.04), "accent") for x in (-0.3, 0.3)]
+    return upper + lower + [(oval(0, 0, 0.09, 0.62), "accent")] + feelers
+
+
+def bird(tail, length, height, head):
+    return [(poly((-0.35, 0.1), (-0.98, -0.15 + 0.5 * tail), (-0.9, 0.4 + 0.2 * tail)), "accent"),
+            (stroke(-0.05, 0.4, -0.05, 0.9), "line"), (stroke(0.15, 0.4, 0.15, 0.9), "line"),
+            (oval(0, 0.1, 0.55 + 0.1 * length, 0.36 + 0.12 * height, -0.3), "body"),
+            (oval(0.48, -0.4, 0.22 + 0.08 * head, 0.22 + 0.08 * head), "body"),
+            (poly((0.66, -0.48), (0.98, -0.36), (0.66, -0.28)), "accent"), (oval(0.54, -0.46, 0.05, 0.05), "line")]
+
+
+def fish(tail, fins, length, height):
+    return [(poly((-0.4, 0), (-0.98, -0.3 - 0.25 * tail), (-0.8, 0), (-0.98, 0.3 + 0.25 * tail)), "accent"),
+            (poly((-0.2, -0.2), (0.1, -0.5 - 0.3 * fins), (0.4, -0.2)), "accent"),
+            (poly((-0.1, 0.2), (0.05, 0.45 + 0.2 * fins), (0.3, 0.2)), "accent"),
+            (oval(0.1, 0, 0.68 + 0.1 * length, 0.3 + 0.16 * height), "body"), (oval(0.52, -0.06, 0.06, 0.06), "line")]
+
+
+def flower(petals, long, wide, heart):
+    n = 5 + int(petals * 3.99)
+    ring = [(oval(0.5 * math.cos(t), -0.3 + 0.5 * math.sin(t), 0.3 + 0.1 * long, 0.14 + 0.1 * wide, t), "body")
+            for t in np.arange(n) * 2 * math.pi / n]
+    r = 0.2 + 0.1 * heart
+    return [(stroke(0, -0.2, 0, 1.0, 0.09), "stem"), *ring, (oval(0, -0.3, r, r), "accent")]
+
+
+def mushroom(width, height, stem, foot):
+    cap = oval(0, -0.15, 0.6 + 0.3 * width, 0.5 + 0.25 * height)
+    cap[:, 1] = np.minimum(cap[:, 1], 0.02)         # flat below
+    w, f = 0.14 + 0.14 * stem, 0.12 * foot
+    return [(poly((-w, -0.1), (w, -0.1), (w + f, 0.9), (-w - f, 0.9)), "accent"), (cap, "body")]
+
+
+def snail(shell, foot, head, stretch):
+    r = 0.46 + 0.14 * shell
+    horns = [(stroke(0.75, 0.5, 0.8 + dx, 0.05, 0.05), "accent") for dx in (0.0, 0.15)]
+    return horns + [(oval(0.05, 0.68, 0.85, 0.16 + 0.08 * foot), "accent"),
+                    (oval(0.72, 0.5, 0.16, 0.2 + 0.08 * head), "accent"),
+                    (oval(-0.1, 0.0, r + 0.1 * stretch, r), "body"), (oval(-0.1, 0.0, 0.12, 0.12), "line")]
+
+
+def turtle(feet, head, width, length):
+    corners = ((-0.5, -0.45, 0.7), (0.5, -0.45, -0.7), (-0.5, 0.5, -0.7), (0.5, 0.5, 0.7))      # x, y, turn
+    return [(oval(x, y, 0.2, 0.14 + 0.08 * feet, turn), "accent") for x, y, turn in corners] + [
+        (oval(0, -0.78, 0.17 + 0.06 * head, 0.2), "accent"), (poly((-0.08, 0.6), (0.08, 0.6), (0, 0.98)), "accent"),
+        (oval(0, 0, 0.5 + 0.16 * width, 0.58 + 0.1 * length), "body")]
+
+
+# Buildings and their neighbours stand on y = 1, so that a scene can put them on its ground.
+
+
+def tower(width, height, windows, _):
+    w, top = 0.2 + 0.12 * width, -0.45 - 0.2 * height
+    rows = np.linspace(top + 0.2, 0.7, 3 + int(3 * windows))
+    return [(rect(-w, top, w, 1), "wall"), (rect(-w - 0.08, top - 0.05, w + 0.08, top + 0.08), "roof"),
+            (poly((-w, top), (0, -0.98), (w, top)), "roof")] + [(rect(-0.05, y, 0.05, y + 0.14), "line") for y in rows]
+
+
+def castle(wall, turrets, roofs, _):
+    top = -0.1 - 0.3 * wall
+    turret = top - 0.25 - 0.2 * turrets
+    merlons = [(rect(x, top - 0.12, x + 0.11, top + 0.02), "wall") for x in np.arange(-0.55, 0.5, 0.22)]
+    sides = [(rect(x - 0.15, turret, x + 0.15, 1), "wall") for x in (-0.7, 0.7)]
+    caps = [(poly((x - 0.2, turret), (x, -0.75 - 0.2 * roofs), (x + 0.2, turret)), "roof") for x in (-0.7, 0.7)]
+    gate = [(oval(0, 0.75, 0.16, 0.3), "line"), (rect(-0.16, 0.75, 0.16, 1), "line")]
+    return [(rect(-0.6, top, 0.6, 1), "wall")] + merlons + sides + caps + gate
+
+
+def bridge(arches, height, span, posts):
+    n, deck = 2 + int(2.99 * arches), 0.1 - 0.2 * height
+    holes = [(oval(x, 1.0, 0.75 / n, 0.72 - 0.1 * span), "hole") for x in (np.arange(n) + 0.5) * 2 / n - 1]
+    pylons = [(rect(x - 0.07, deck - 0.35 - 0.25 * posts, x + 0.07, deck), "roof") for x in (-0.8, 0.8)]
+    return [(rect(-1, deck, 1, 1), "wall")] + pylons + [(rect(-1, deck - 0.06, 1, deck + 0.06), "roof")] + holes
+
+
+def temple(columns, height, gable, _):
+    n, top = 4 + int(2.99 * columns), -0.15 - 0.2 * height
+    row = [(rect(x - 0.07, top, x + 0.07, 0.85), "wall") for x in np.linspace(-0.72, 0.72, n)]
+    return [(rect(-0.75, top, 0.75, 0.85), "line"), *row, (rect(-0.95, 0.82, 0.95, 1), "wall"),
+            (rect(-0.88, top - 0.1, 0.88, top + 0.05), "wall"),
+            (poly((-0.92, top - 0.1), (0, -0.65 - 0.3 * gable), (0.92, top - 0.1)), "roof")]
+
+
+def windmill(width, foot, _, sails):
+    w, f, turn = 0.2 + 0.1 * width, 0.2 * foot, sails * math.pi / 2
+    angles = [turn + k * math.pi / 2 for k in range(4)]
+    arms = [(stroke(0, -0.3, 0.65 * math.cos(t), -0.3 + 0.65 * math.sin(t), 0.13), "roof") for t in angles]
+    return [(poly((-w, -0.35), (w, -0.35), (w + f, 1), (-w - f, 1)), "wall"), (oval(0, -0.38, w + 0.04, 0.2), "roof"),
+            (rect(-0.08, 0.6, 0.08, 1), "line")] + arms
+
+
+PARTS = {"beetle": beetle, "butterfly": butterfly, "bird": bird, "fish": fish, "flower": flower, "mushroom": mushroom,
+         "snail": snail, "turtle": turtle,
+         "tower": tower, "castle": castle, "bridge": bridge, "temple": temple, "windmill": windmill}
 
 
 def neighbour_parts(kind):
-    """A small structure beside a landmark, all in its one colour ("wall") with dark details; it stands on y = 1."""
+    """A small structure beside a landmark, all in its one colour ("wall") with dark details."""
     return {
-        "house": [(rect(-0.8, 0, 0.8, 1), "wall"), (tri((-1, 0), (0, -0.8), (1, 0)), "wall"), (rect(-0.2, 0.4, 0.2, 1), "line")],
-        "dome": [(rect(-0.7, 0.2, 0.7, 1), "wall"), (oval(0, 0.2, 0.8, 0.8), "wall"), (stroke(0, -0.6, 0, -1, 0.1), "line")],
-        "obelisk": [(tri((-0.3, 1), (-0.18, -0.7), (0, -1), (0.18, -0.7), (0.3, 1)), "wall"), (rect(-0.5, 0.85, 0.5, 1), "line")],
+        "house": [(rect(-0.8, 0, 0.8, 1), "wall"), (poly((-1, 0), (0, -0.8), (1, 0)), "wall"),
+                  (rect(-0.2, 0.4, 0.2, 1), "line")],
+        "dome": [(rect(-0.7, 0.2, 0.7, 1), "wall"), (oval(0, 0.2, 0.8, 0.8), "wall"),
+                 (stroke(0, -0.6, 0, -1, 0.1), "line")],
+        "obelisk": [(poly((-0.3, 1), (-0.18, -0.7), (0, -1), (0.18, -0.7), (0.3, 1)), "wall"),
+                    (rect(-0.5, 0.85, 0.5, 1), "line")],
         "tree": [(rect(-0.12, 0.3, 0.12, 1), "line"), (oval(0, -0.2, 0.75, 0.7), "wall")],
         "tank": [(rect(-0.6, -0.5, 0.6, 1), "wall"), (oval(0, -0.5, 0.6, 0.22), "line")],
-        "pyramid": [(tri((-1, 1), (0, -0.7), (1, 1)), "wall"), (tri((0, -0.7), (0.25, 1), (1, 1)), "shade")],
-        "arch": [(rect(-0.9, -0.6, 0.9, 1), "wall"), (oval(0, 0.5, 0.45, 0.7), "line"), (rect(-0.45, 0.5, 0.45, 1), "line")],
-        "mast": [(stroke(0, 1, 0, -1, 0.16), "line"), (tri((0.05, -1), (0.95, -0.65), (0.05, -0.3)), "wall"), (rect(-0.4, 0.85, 0.4, 1), "wall")],
+        "pyramid": [(poly((-1, 1), (0, -0.7), (1, 1)), "wall"), (poly((0, -0.7), (0.25, 1), (1, 1)), "shade")],
+        "arch": [(rect(-0.9, -0.6, 0.9, 1), "wall"), (oval(0, 0.5, 0.45, 0.7), "line"),
+                 (rect(-0.45, 0.5, 0.45, 1), "line")],
+        "mast": [(stroke(0, 1, 0, -1, 0.16), "line"), (poly((0.05, -1), (0.95, -0.65), (0.05, -0.3)), "wall"),
+                 (rect(-0.4, 0.85, 0.4, 1), "wall")],
     }[kind]
 
 
+# ----------------------------------------------------------------------------------------------- sprites and backdrops
+
+
 def paint(parts, colours, pattern=None, seed=0):
-    """Polygons -> RGBA sprite of SPRITE x SPRITE. colours: role -> RGB; pattern: (name, RGB) laid over the "body" parts."""
+    """Polygons -> RGBA sprite of SPRITE x SPRITE. colours: role -> RGB; pattern: (name, RGB), on the "body" parts."""
     size = SPRITE * 2                                        # drawn at twice the size, then shrunk: smooth edges
     canvas = Image.new("RGBA", (size, size))
     draw = ImageDraw.Draw(canvas)
@@ -309,9 +400,9 @@ def paint(parts, colours, pattern=None, seed=0):
         if role == "hole":                                   # an arch of a bridge: see through
             draw.polygon(xy, fill=(0, 0, 0, 0))
             continue
-        rgb = colours.get(role, (35, 30, 30))
+        rgb = colours.get(role, (35, 30, 30))                # "line": dark
         draw.polygon(xy, fill=(*rgb, 255), outline=tuple(int(v * 0.55) for v in rgb) + (255,))
-        mask_draw.polygon(xy, fill=255 if role == "body" else 0)
+        mask_draw.polygon(xy, fill=255 if role == "body" else 0)     # later parts cover the body, and its pattern
     if pattern and pattern[0] != "plain":
         layer = Image.new("RGBA", (size, size))
         draw_pattern(ImageDraw.Draw(layer), pattern[0], (*pattern[1], 255), size, seed)
@@ -336,7 +427,8 @@ def draw_pattern(draw, name, fill, size, seed):
             draw.rectangle((0, y, size, y + step * 0.9), fill=fill)
     elif name == "ringed":
         for r in range(step // 2, size, step):
-            draw.ellipse((size / 2 - r, size / 2 - r, size / 2 + r, size / 2 + r), outline=fill, width=int(step * 0.4))
+            box = (size / 2 - r, size / 2 - r, size / 2 + r, size / 2 + r)
+            draw.ellipse(box, outline=fill, width=int(step * 0.4))
     elif name == "checked":
         for row, y in enumerate(lines):
             for x in range(shift - step - (row % 2) * step, size, 2 * step):
@@ -345,16 +437,17 @@ def draw_pattern(draw, name, fill, size, seed):
 
 def sprite(entity, rng):
     """One individual of a species, or the building of a landmark: RGBA, cropped to what is drawn."""
-    look = entity.look
-    if entity.kind == "landmark":
-        image = paint(building_parts(entity.category, look["shape"]), {"wall": COLOURS[look["wall"]], "roof": COLOURS[look["roof"]]})
+    look, parts = entity.look, PARTS[entity.category]
+    if entity.kind == "landmark":       # a building is the same in every photograph, down to the pixel before scaling
+        image = paint(parts(*look["shape"]), {"wall": COLOURS[look["wall"]], "roof": COLOURS[look["roof"]]})
     else:
         shape = [min(1, max(0, v + rng.normal(0, 0.06))) for v in look["shape"]]           # individuals differ a little
         roles = {"body": COLOURS[look["body"]], "accent": COLOURS[look["accent"]], "stem": (60, 120, 50)}
-        image = paint(species_parts(entity.category, shape), roles, (look["pattern"], COLOURS[look["second"]]), int(rng.integers(99)))
+        image = paint(parts(*shape), roles, (look["pattern"], COLOURS[look["second"]]), int(rng.integers(99)))
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = image.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BILINEAR, expand=True)
+    # Faint edge pixels do not count: the box of an object should be what an eye would draw.
     return image.crop(image.getchannel("A").point(lambda v: 255 * (v > 60)).getbbox())
 
 
@@ -370,11 +463,12 @@ def background(rng):
     return noise(rng, int(rng.integers(4, 14)), SIDE, low, high)
 
 
-# ---------------------------------------------------------------------------------------------- scenes
+# -------------------------------------------------------------------------------------------------------------- scenes
 
 
 def paste(scene, item, x, y, longest):
-    """Paste `item` scaled so that its longer side is `longest` pixels with its centre at (x, y); returns its box, clipped to the scene."""
+    """Paste `item` with its longer side `longest` pixels and its centre at (x, y); returns its box, clipped to the
+    scene."""
     scale = longest / max(item.size)
     w, h = (max(2, round(v * scale)) for v in item.size)
     x1, y1 = round(x - w / 2), round(y - h / 2)
@@ -390,7 +484,10 @@ def overlap(a, b):
 
 
 def place(rng, longest, taken, off_centre=False):
-    """A centre (x, y) for a square of `longest` pixels that hides little of `taken`; off_centre keeps the target away from the middle."""
+    """A centre (x, y) for a square of `longest` pixels that hides little of `taken`, or None after 40 tries.
+
+    off_centre keeps the target away from the middle, where a centre crop would find it without looking.
+    """
     margin = longest * 0.5
     for _ in range(40):
         x, y = rng.uniform(margin, SIDE - margin, 2)
@@ -403,25 +500,28 @@ def place(rng, longest, taken, off_centre=False):
 
 def finish(scene, rng):
     """Light and a touch of sensor noise, so that no two photographs are equal."""
-    pixels = np.asarray(scene, dtype=np.float32) * rng.uniform(0.82, 1.12) + rng.normal(0, 4, (SIDE, SIDE, 1)).astype(np.float32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    light, grain = rng.uniform(0.82, 1.12), rng.normal(0, 4, (SIDE, SIDE, 1)).astype(np.float32)
+    return Image.fromarray(np.clip(np.asarray(scene, dtype=np.float32) * light + grain, 0, 255).astype(np.uint8))
 
 
 def species_scene(rng, target, distractors, backdrop, filled):
-    """A photograph of one individual. target, distractors: RGBA sprites. Returns (RGB image, [target box, distractor boxes or None ...])."""
+    """A photograph of one individual. target, distractors: RGBA sprites.
+
+    Returns (RGB image, [target box, then a box or None for each distractor]).
+    """
     scene = backdrop.copy()
     if filled:
         longest = rng.uniform(0.78, 0.95) * SIDE
         box = paste(scene, target, SIDE / 2 + rng.uniform(-6, 6), SIDE / 2 + rng.uniform(-6, 6), longest)
         return finish(scene, rng), [box]
     longest = rng.uniform(0.34, 0.5) * SIDE
-    x, y = place(rng, longest, [], off_centre=True)
+    x, y = place(rng, longest, [], off_centre=True)          # nothing is taken yet: 40 tries find a place
     box = (x - longest / 2, y - longest / 2, x + longest / 2, y + longest / 2)
     taken, boxes = [box], []
     for item in distractors:
         size = rng.uniform(0.3, 0.52) * SIDE
         spot = place(rng, size, taken)
-        boxes.append(spot and paste(scene, item, *spot, size))                            # None: no room was left
+        boxes.append(spot and paste(scene, item, *spot, size))                              # None: no room was left
         taken += boxes[-1:] if spot else []
     box = paste(scene, target, x, y, longest)                # last: never hidden
     return finish(scene, rng), [box] + boxes
@@ -432,45 +532,56 @@ def landmark_scene(rng, entity, building):
     look = entity.look
     scene = noise(rng, 3, SIDE, np.array(look["sky"]) - 10, np.array(look["sky"]) + 10)
     draw = ImageDraw.Draw(scene)
-    horizon = SIDE * (0.72 + rng.uniform(-0.03, 0.03))
-    middle = SIDE * (0.5 + rng.uniform(-0.07, 0.07))
+    horizon, middle = SIDE * (0.72 + rng.uniform(-0.03, 0.03)), SIDE * (0.5 + rng.uniform(-0.07, 0.07))
     heights = np.random.default_rng(look["ridge"]).uniform(0.02, 0.22, 9) * SIDE            # the family's skyline
     ridge = [(middle + (i - 4) * SIDE * 0.2, horizon - h) for i, h in enumerate(heights)]
     draw.polygon([(-SIDE, SIDE)] + ridge + [(2 * SIDE, SIDE)], fill=tuple(int(v * 0.75) for v in look["sky"]))
     draw.rectangle((0, horizon, SIDE, SIDE), fill=tuple(look["ground"]))
     zoom = rng.uniform(0.92, 1.08)
     longest = (0.44 if building.size[0] >= building.size[1] else 0.52) * SIDE * zoom
-    reach = max(0.28, longest / SIDE * building.size[0] / max(building.size) / 2 + 0.15)    # neighbours stand clear of the building
-    for (kind, colour), dx, dy, size in zip(look["around"], (-reach, reach, 0.02), (0.0, 0.0, 0.22), (0.27, 0.27, 0.2)):
+    # Left and right they stand clear of the building: a crop to it is to lose them.
+    reach = max(0.28, longest / SIDE * building.size[0] / max(building.size) / 2 + 0.15)
+    spots = ((-reach, 0.0, 0.27), (reach, 0.0, 0.27), (0.02, 0.22, 0.2))       # dx, dy, size: left, right, in front
+    for (kind, colour), (dx, dy, size) in zip(look["around"], spots):
         rgb = COLOURS[colour]
         item = paint(neighbour_parts(kind), {"wall": rgb, "shade": tuple(int(v * 0.7) for v in rgb)})
         item = item.crop(item.getbbox())
         tall = size * SIDE * zoom * item.size[1] / max(item.size)
-        paste(scene, item, middle + dx * SIDE * zoom, horizon + dy * SIDE + 8 - tall / 2 + rng.uniform(-3, 3), size * SIDE * zoom)
+        foot = horizon + dy * SIDE + 8 - tall / 2 + rng.uniform(-3, 3)
+        paste(scene, item, middle + dx * SIDE * zoom, foot, size * SIDE * zoom)
     tall = longest * building.size[1] / max(building.size)
     box = paste(scene, building, middle, horizon + 8 - tall / 2, longest)
     return finish(scene, rng), [box]
 
 
 def photograph(entity, others, rng, style):
-    """One photograph: style "reference" (knowledge base), "filled", "cluttered" or "landmark". Returns (RGB image, objects): objects are
-    (category, box) of everything that a question can name, the target first."""
+    """One photograph -> (RGB image, objects): (category, box) of all that a question can name, the target first.
+
+    style: "reference" (knowledge base), "filled", "cluttered" or "landmark". others: entities for the distractors.
+    """
     if entity.kind == "landmark":
         image, boxes = landmark_scene(rng, entity, sprite(entity, rng))
         return image, [(entity.category, boxes[0])]
     other = []
     if style == "cluttered":
+        # Never of the target's own category: the question would not say which of the two is meant.
         allowed = [e for e in others if e.category != entity.category and e.kind == "species"]
+        if not allowed:
+            raise ValueError(f"nothing but {entity.category} species to put into a cluttered scene: use more "
+                             f"--entities, a lower --landmarks or --filled 1")
         other = [pick(rng, allowed) for _ in range(int(rng.integers(1, 4)))]
-    image, boxes = species_scene(rng, sprite(entity, rng), [sprite(e, rng) for e in other], background(rng), filled=style != "cluttered")
+    target, distractors = sprite(entity, rng), [sprite(e, rng) for e in other]
+    image, boxes = species_scene(rng, target, distractors, background(rng), filled=style != "cluttered")
     return image, [(e.category, box) for e, box in zip([entity] + other, boxes) if box]
 
 
 # ---------------------------------------------------------------------------------------------- the data set on disk
 
 
-CSV_COLUMNS = ("question", "answer", "dataset_image_ids", "dataset_name", "dataset_category_id", "question_type", "wikipedia_url", "wikipedia_title",
-               "evidence", "evidence_section_id", "evidence_section_title", "encyclopedic_vqa_split", "question_original", "wikipedia_url_used_in_train")
+CSV_COLUMNS = (
+    "question", "answer", "dataset_image_ids", "dataset_name", "dataset_category_id", "question_type", "wikipedia_url",
+    "wikipedia_title", "evidence", "evidence_section_id", "evidence_section_title", "encyclopedic_vqa_split",
+    "question_original", "wikipedia_url_used_in_train")
 
 
 def split_entities(entities, rng):
@@ -485,15 +596,17 @@ def plan_queries(entities, args):
     rng = np.random.default_rng([args.seed, 77])
     pools = split_entities(entities, rng)
     queries = []
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         by_kind = {kind: [i for i in pools[split] if entities[i].kind == kind] for kind in QUESTIONS}
         for n in range(getattr(args, split)):
             kind = "landmark" if rng.random() < args.landmarks else "species"
             if not by_kind[kind]:
-                raise ValueError(f"--entities {len(entities)} --landmarks {args.landmarks}: split {split} has no {kind} entity; use more entities")
+                raise ValueError(f"--entities {len(entities)} --landmarks {args.landmarks}: split {split} has no "
+                                 f"{kind} entity; use more entities")
             entity, question = int(pick(rng, by_kind[kind])), int(rng.integers(5))
             style = "landmark" if kind == "landmark" else "filled" if rng.random() < args.filled else "cluttered"
-            queries.append(dict(split=split, entity=entity, question=question, style=style, kind=kind, **image_place(split, n, kind, args.seed)))
+            queries.append({"split": split, "entity": entity, "question": question, "style": style, "kind": kind,
+                            **image_place(split, n, kind, args.seed)})
     return queries
 
 
@@ -501,10 +614,20 @@ def image_place(split, n, kind, seed):
     """Image id and path of query n, in the layout of iNaturalist 2021 or Google Landmarks v2."""
     base = {"train": 0, "val": 1_000_000, "test": 2_000_000}[split] + n
     if kind == "landmark":
-        image_id = f"{(base * 0x9E3779B97F4A7C15 + seed) % (1 << 64):016x}"              # looks like a hash, and is a permutation
+        # Looks like a hash and is a permutation (the factor is odd): no two queries share an id.
+        image_id = f"{(base * 0x9E3779B97F4A7C15 + seed) % (1 << 64):016x}"
         return {"image_id": image_id, "path": f"landmarks/{image_id[0]}/{image_id[1]}/{image_id[2]}/{image_id}.jpg"}
-    folder = "train" if split == "train" else "val"                                       # val and test rows use iNaturalist's val images
+    folder = "train" if split == "train" else "val"              # val and test rows use iNaturalist's val images
     return {"image_id": str(base), "path": f"inat/{folder}/{base % 100:05d}/{base}.jpg"}
+
+
+def reference_path(entity, k):
+    """Path of an entity's k-th reference image, below the root; entity: its index."""
+    return f"kb_images/{entity // 100:03d}/{entity}_{k}.jpg"
+
+
+def reference_url(entity, k):
+    return f"https://images.example/{entity}_{k}.jpg"
 
 
 def draw_job(job):
@@ -519,12 +642,13 @@ def draw_job(job):
 
 
 def jobs_of(root, entities, queries, args):
-    """Every image to draw, references first. Each has its own seed, so neither order nor number of workers matters."""
-    jobs = [(root, f"kb_images/{i // 100:03d}/{i}_{k}.jpg", e, (), [args.seed, 1, i, k], "reference")
-            for i, e in enumerate(entities) for k in range(args.images)]
+    """Every image to draw, references first. Each has its own seed: neither order nor number of workers matters."""
+    jobs = [(root, reference_path(i, k), entity, (), [args.seed, 1, i, k], "reference")
+            for i, entity in enumerate(entities) for k in range(args.images)]
     for n, q in enumerate(queries):
         rng = np.random.default_rng([args.seed, 2, n])
-        others = [entities[int(j)] for j in rng.integers(len(entities), size=40)]           # distractors are drawn from these
+        # The distractors are drawn from these 40: all entities would be sent to the workers with every query.
+        others = [entities[int(j)] for j in rng.integers(len(entities), size=40)]
         jobs.append((root, q["path"], entities[q["entity"]], others, [args.seed, 3, n], q["style"]))
     return jobs
 
@@ -532,41 +656,50 @@ def jobs_of(root, entities, queries, args):
 def kb_entry(index, entity, images):
     """One entry of encyclopedic_kb_wiki.json."""
     titles, texts = describe(entity)
-    urls = [f"https://images.example/{index}_{k}.jpg" for k in range(images)]
-    return {"title": entity.name, "section_titles": titles, "section_texts": texts, "image_urls": urls, "url": entity.url,
-            "image_reference_descriptions": [f"{entity.name}, photograph {k + 1}" for k in range(images)], "image_section_indices": [0] * images}
+    return {"title": entity.name, "section_titles": titles, "section_texts": texts,
+            "image_urls": [reference_url(index, k) for k in range(images)], "url": entity.url,
+            "image_reference_descriptions": [f"{entity.name}, photograph {k + 1}" for k in range(images)],
+            "image_section_indices": [0] * images}
 
 
 def csv_row(query, entity, train_urls):
     """One row of a csv file, by column name."""
     titles, texts = describe(entity)
-    section = 1 if query["question"] in (0, 3) else 2
+    section = 1 if query["question"] == {"species": 0, "landmark": 3}[entity.kind] else 2     # where it lives, stands
     text = QUESTIONS[entity.kind][query["question"]].format(c=entity.category)
-    return {"question": text, "answer": answer(entity, query["question"]), "dataset_image_ids": query["image_id"],
-            "dataset_name": "landmarks" if entity.kind == "landmark" else "inaturalist", "dataset_category_id": query["entity"], "question_type": "templated",
-            "wikipedia_url": entity.url, "wikipedia_title": entity.name, "evidence": texts[section], "evidence_section_id": section,
-            "evidence_section_title": titles[section], "encyclopedic_vqa_split": query["split"],
-            "question_original": text.replace(f"this {entity.category}", entity.name), "wikipedia_url_used_in_train": entity.url in train_urls}
+    return {
+        "question": text, "answer": answer(entity, query["question"]), "dataset_image_ids": query["image_id"],
+        "dataset_name": "landmarks" if entity.kind == "landmark" else "inaturalist",
+        "dataset_category_id": query["entity"], "question_type": "templated",
+        "wikipedia_url": entity.url, "wikipedia_title": entity.name, "evidence": texts[section],
+        "evidence_section_id": section, "evidence_section_title": titles[section],
+        "encyclopedic_vqa_split": query["split"],
+        # As in the benchmark, this one gives the answer's entity away: a reader that shows it to a model leaks.
+        "question_original": text.replace(f"this {entity.category}", entity.name),
+        "wikipedia_url_used_in_train": entity.url in train_urls}
 
 
 def write_tables(root, entities, queries, boxes, images):
     """The csv files, the knowledge base, the image maps and the truth boxes."""
     train_urls = {entities[q["entity"]].url for q in queries if q["split"] == "train"}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         with open(root / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS)
             writer.writeheader()
             writer.writerows(csv_row(q, entities[q["entity"]], train_urls) for q in queries if q["split"] == split)
-    write_json(root / "encyclopedic_kb_wiki.json", {e.url: kb_entry(i, e, images) for i, e in enumerate(entities)})
-    write_json(root / "url_to_path_mapping.json", {f"https://images.example/{i}_{k}.jpg": f"kb_images/{i // 100:03d}/{i}_{k}.jpg"
-                                                   for i in range(len(entities)) for k in range(images)})
+    knowledge = {entity.url: kb_entry(i, entity, images) for i, entity in enumerate(entities)}
+    write_json(root / "encyclopedic_kb_wiki.json", knowledge)
+    paths = {reference_url(i, k): reference_path(i, k) for i in range(len(entities)) for k in range(images)}
+    write_json(root / "url_to_path_mapping.json", paths)
+    (root / "inat").mkdir(exist_ok=True)
     for folder, splits in (("train", ("train",)), ("val", ("val", "test"))):
-        names = {q["image_id"]: q["path"].removeprefix("inat/") for q in queries if q["split"] in splits and q["kind"] == "species"}
-        (root / "inat").mkdir(exist_ok=True)
+        species = [q for q in queries if q["split"] in splits and q["kind"] == "species"]
+        names = {q["image_id"]: q["path"].removeprefix("inat/") for q in species}
         write_json(root / f"inat/{folder}_id2name.json", names)
     with open(root / "truth.jsonl", "w", encoding="utf-8") as file:
         for q, box in zip(queries, boxes):
-            row = {"image": q["path"], "box": [float(v) for v in box], "kind": q["kind"], "category": entities[q["entity"]].category, "style": q["style"]}
+            row = {"image": q["path"], "box": [float(v) for v in box], "kind": q["kind"],
+                   "category": entities[q["entity"]].category, "style": q["style"]}
             file.write(json.dumps(row) + "\n")
 
 
@@ -575,21 +708,25 @@ def write_json(path, value):
 
 
 def build(args):
-    """Draw the world into a temporary folder and rename it: an interrupted run leaves nothing that looks complete."""
+    """Draw the world into <out>.tmp and rename it: what an interrupted run leaves is never taken for complete."""
+    check(args)
     entities = make_entities(args.entities, args.landmarks, args.seed)
     queries = plan_queries(entities, args)
     out = Path(args.out)
     root = out.with_name(out.name + ".tmp")
-    shutil.rmtree(root, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)                  # of a run that was killed
     root.mkdir(parents=True)
-    jobs = jobs_of(str(root), entities, queries, args)
-    with ProcessPoolExecutor(args.workers) as pool:
-        boxes = list(pool.map(draw_job, jobs, chunksize=32))[len(entities) * args.images:]
-    write_tables(root, entities, queries, boxes, args.images)
-    if args.show:
-        contact_sheet(root, entities, queries, boxes, args.show).save(root / "contact.png")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(root, out)
+    try:
+        jobs = jobs_of(str(root), entities, queries, args)
+        with ProcessPoolExecutor(args.workers) as pool:
+            boxes = list(pool.map(draw_job, jobs, chunksize=32))[len(entities) * args.images:]      # of the queries
+        write_tables(root, entities, queries, boxes, args.images)
+        if args.show:
+            contact_sheet(root, entities, queries, boxes, args.show).save(root / "contact.png")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(root, out)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)              # Ctrl-C, an error or a full disk; renamed, it is not there
     return entities, queries
 
 
@@ -606,18 +743,22 @@ def contact_sheet(root, entities, queries, boxes, count):
         draw.rectangle([x + box[0], y + box[1], x + box[2] - 1, y + box[3] - 1], outline="red", width=2)
         sibling = next(i for i, e in enumerate(entities) if e.family == entity.family and e.name != entity.name)
         for k, index in enumerate((q["entity"], sibling)):
-            reference = Image.open(root / f"kb_images/{index // 100:03d}/{index}_0.jpg").resize((SIDE // 2, SIDE // 2))
+            reference = Image.open(root / reference_path(index, 0)).resize((SIDE // 2, SIDE // 2))
             sheet.paste(reference, (x + SIDE + k * SIDE // 2, y + 20))
             draw.text((x + SIDE + k * SIDE // 2 + 4, y + 4), ("positive", "sibling")[k], fill="black")
         draw.text((x + SIDE + 4, y + 150), f"{entity.name}\n{entity.category}, {q['style']}", fill="black")
-        draw.text((x + 4, y + SIDE + 4), QUESTIONS[entity.kind][q["question"]].format(c=entity.category), fill="black")
+        question = QUESTIONS[entity.kind][q["question"]].format(c=entity.category)
+        draw.text((x + 4, y + SIDE + 4), question, fill="black")
     return sheet
 
 
 def main(argv=None):
     args = parse_args(argv)
-    entities, queries = build(args)
-    counts = {split: sum(q["split"] == split for q in queries) for split in ("train", "val", "test")}
+    try:
+        entities, queries = build(args)
+    except ValueError as error:     # the message names the flag and the remedy; a trace adds nothing
+        raise SystemExit(f"mini/world.py: {error}") from error
+    counts = {split: sum(q["split"] == split for q in queries) for split in SPLITS}
     print(f"world: {len(entities)} entities, {len(entities) * args.images} reference images, "
           + ", ".join(f"{n} {split} queries" for split, n in counts.items()) + f" -> {args.out}")
 
