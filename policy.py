@@ -1003,6 +1003,87 @@ class Policy:
         return actions
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory, from arithmetic over the model's config: nothing is run, so it can be asked before anything is
+
+
+def saved_by_layer(tokens, width, inner, readers, lora, size, attention, own_output, noise):
+    """Bytes that autograd keeps of one transformer layer whose linear layers are frozen and carry LoRA.
+
+    A frozen linear layer keeps nothing, its LoRA keeps its input and A's output. tokens; width D; inner: width of the
+    gated MLP; readers: linear layers that read the attention's input (q, k, v, or one qkv); lora: {"r", "dropout"};
+    size: bytes a number; attention: bytes a token that attention keeps beside q, k, v and output; own_output: does it
+    keep an output that o_proj's LoRA does not (widths D)? noise: bytes of a dropped number's mask.
+    """
+    norms = 2 * 4 * (width + 1)             # both norms read float32, and keep the root mean square
+    values = (3 * width + 3 * inner) * size     # q, k, v; gate, silu(gate), up
+    if lora["dropout"]:
+        inputs = ((readers + 3) * width + inner) * (size + noise) + own_output * width * size   # each drops its own
+    else:
+        inputs = (3 * width + inner) * size     # q, k and v share theirs, gate and up theirs
+    return tokens * (norms + values + inputs + (readers + 4) * lora["r"] * size + attention)
+
+
+def saved_activations(config, lora, rows, length, patches, size=2, fused=True, tower=True, checkpointing=False,
+                      cuda=True):
+    """Bytes that `log_probs` keeps for its backward pass -> {"language", "tower", "mask", "again"}.
+
+    config: Qwen2_5_VLConfig; lora: {"r", "dropout"}; rows of `length` tokens, prompt and tree, each with an image of
+    `patches` patches of 14 pixels; size: bytes a number; fused: attention "sdpa" instead of "eager"; tower: is LoRA in
+    the vision tower? "again" is what checkpointing computes again and holds a layer at a time.
+    """
+    text = config.text_config
+    noise = 1 if cuda else size             # a dropout mask is of bytes on CUDA, of numbers on a CPU
+    eager = text.num_attention_heads * length * (4 if size == 4 else 4 + size)  # softmax in float32, and cast down
+    layer = saved_by_layer(rows * length, text.hidden_size, text.intermediate_size, 3, lora, size,
+                           4 * text.num_attention_heads if fused else eager, fused, noise)
+    kept = rows * length * text.hidden_size * size if checkpointing else layer
+    # CUDA's fused kernel wants rows of a multiple of 8 numbers: mostly each layer keeps a padded copy of the mask.
+    masks = 1 + (text.num_hidden_layers if fused and cuda and not checkpointing else 0)
+    kept_tower, again = 0, 0
+    if tower:
+        kept_tower, again = _saved_by_tower(config.vision_config, lora, rows, patches, size, fused, checkpointing,
+                                            noise)
+    return {"language": text.num_hidden_layers * kept + 4 * rows * length * text.hidden_size,   # + the last norm's
+            "tower": kept_tower, "mask": masks * rows * length**2 * size,
+            "again": max(layer, again) if checkpointing else 0}
+
+
+def _saved_by_tower(vision, lora, rows, patches, size, fused, checkpointing, noise):
+    """(bytes kept, bytes of the largest block) of the vision tower: window or full attention, then the merger."""
+    width, tokens = vision.hidden_size, rows * patches
+    full = len(set(vision.fullatt_block_indexes) & set(range(vision.depth)))
+    window = min(patches, (vision.window_size // vision.patch_size)**2)
+    blocks = []
+    for reach, count in ((patches, full), (window, vision.depth - full)):
+        attention = 4 * vision.num_heads if fused else vision.num_heads * reach * (4 if size == 4 else 4 + size)
+        # Windows are put together after their attention: another copy.
+        blocks += count * [saved_by_layer(tokens, width, vision.intermediate_size, 1, lora, size,
+                                          attention + (fused and reach < patches) * width * size, fused, noise)]
+    merger = tokens * width * (4 + 3 * size + bool(lora["dropout"]) * 2 * noise)
+    return merger + (vision.depth * tokens * width * size if checkpointing else sum(blocks)), max(blocks)
+
+
+def passing_memory(config, rows, length, patches, size=2, fused=True):
+    """Bytes that a forward pass without gradient needs for a moment: the larger of language model and tower."""
+    text, vision = config.text_config, config.vision_config
+    peaks = []
+    for part, tokens, reach in ((text, rows * length, length), (vision, rows * patches, patches)):
+        width, inner = part.hidden_size, part.intermediate_size
+        heads = part.num_attention_heads if part is text else part.num_heads
+        attention = 0 if fused else heads * reach * (4 + 2 * size)
+        # Residual and its norm, then either attention (rotary positions in float32) or the MLP's three.
+        peaks.append(tokens * (2 * width * size + max(4 * width * size + 4 * width * 4 + attention, 3 * inner * size)))
+    return max(peaks)
+
+
+def cache_memory(config, rows, length, size=2):
+    """Bytes of the key-value cache of `rows` rows of `length` tokens."""
+    text = config.text_config
+    head = text.hidden_size // text.num_attention_heads
+    return rows * length * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size
+
+
 def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, system_prompt=None, attention="sdpa"):
     """Load a policy -> Policy in eval mode, base weights frozen.
 

@@ -2,6 +2,7 @@
 
     python train.py          # the embedded world: data/world and the stand-ins in, runs/world out; minutes on a CPU
     python train.py --preset paper --data data/evqa --policy Qwen/Qwen2.5-VL-3B-Instruct --scorer FOLDER --run runs/evqa
+    torchrun --nproc_per_node=4 -- train.py --preset paper --queries 16 ...     # four GPUs, as in the paper
 
 A step takes a few queries. The policy writes a decision-balanced group of answers to each, the frozen scorer re-ranks
 the query's pool with every crop, the reward is the improvement over the full image, and the policy is moved towards the
@@ -10,11 +11,16 @@ better answers. Only LoRA weights learn. Nothing here reads a truth box, and lab
 Files of a run: config.json (arguments, data), log.jsonl (a line a step), samples.jsonl (what was said and what it
 earned), state.pt (to --resume), adapter/ (the result, in peft's format; written last, so a run that has it is whole).
 
-Simplified: one process, one image a query, no checkpoints but the last. Letters: B queries, n answers written a query
-(at most N = --group, see `sample_groups`), M answers of a forward pass, K candidates, T tokens, D embed.
+Under torchrun every process takes its share of a step's queries, LoRA's gradients are summed, process 0 writes: losses,
+log and adapter are those of one process up to rounding (with dropout: up to its draws). All see the same files. The
+`--` keeps torchrun from reading --run as a short form of its own --run-path.
+
+Simplified: one image a query, no checkpoints but the last. Letters: B queries, n answers written a query (at most
+N = --group, see `sample_groups`), M answers of a forward pass, K candidates, T tokens, D embed, W processes.
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import math
@@ -24,17 +30,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import rgrpo
-from policy import load_policy
+from policy import cache_memory, load_policy, passing_memory, saved_activations
 from rewards import metrics, reward, summary
 from scorer import crop, load_data, load_scorer, replacing, scores, write_json
 
 PRESETS = {
-    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts. The weight of the KL term is not printed
-    # there: the authors' release has 0.1 of TRL's estimator, but compares with a policy that is only 8 ranks away, so a
-    # small one is enough.
+    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts; --queries counts those of all processes, so
+    # on the paper's 4 GPUs it is --queries 16, which a preset that also has to fit one GPU cannot know. The weight of
+    # the KL term is not printed there: the authors' release has 0.1 of TRL's estimator, but compares with a policy that
+    # is only 8 ranks away, so a small one is enough.
     "paper": dict(queries=4, group=8, epochs=2.0, steps=0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
                   micro=1, eval_every=200, save_every=100),
     # The stand-in is a thousand times smaller, so its LoRA takes a larger step; its vision tower stays frozen, which
@@ -65,7 +74,8 @@ def parse_args(argv=None):
                         help="text in place of the policy's own system prompt (Table 10)")
     models.add_argument("--max-pixels", type=int,
                         help="area in pixels that the policy's images are shrunk to, at least 784; None = its own")
-    models.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    models.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1; under torchrun cuda is one GPU a process")
     add_method_flags(parser)
     add_length_flags(parser)
     parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
@@ -109,9 +119,12 @@ def add_method_flags(parser):
 
 def add_length_flags(parser):
     size = parser.add_argument_group("sizes and schedule (App. B)")
-    size.add_argument("--queries", type=int, help="queries a step")
+    size.add_argument("--queries", type=int,
+                      help="queries a step, over all processes of torchrun (the paper: 4 on each of 4 GPUs, so 16)")
     size.add_argument("--group", type=int, help="N, rollouts a query, at least 2")
-    size.add_argument("--micro", type=int, help="queries of one forward and backward pass; memory, not results")
+    size.add_argument("--micro", type=int, help="queries of a process's forward and backward pass; memory, not results")
+    size.add_argument("--checkpointing", action="store_true",
+                      help="compute activations again in the backward pass instead of keeping them: a third more time")
     length = size.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="passes over the training queries, in place of --steps")
     length.add_argument("--steps", type=int, help="steps, in place of --epochs")
@@ -148,6 +161,89 @@ def check_args(parser, args):
     # Free text has no known pi(REGION | x), and the other advantages have no branches to weigh.
     if args.decision_weight == "pi" and (args.advantage, args.decode) != ("factored", "grammar"):
         parser.error("--decision-weight pi needs --advantage factored and --decode grammar")
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+PATIENCE = datetime.timedelta(minutes=20)  # with the others, who may be loading gigabytes; then they count as lost
+
+
+def join_processes(args):
+    """Join the processes that torchrun started, if it did; `--device cuda` becomes this process's own GPU.
+
+    ValueError where they would share a GPU, or where a step has fewer queries than there are processes.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's variables; without it there is one process
+    if count == 1:
+        return
+    if args.queries < count:
+        raise ValueError(f"--queries {args.queries} cannot be shared among {count} processes: it counts the queries of "
+                         "a step over all of them")
+    if torch.device(args.device).type == "cuda":
+        if args.device != "cuda":
+            raise ValueError(f"--device {args.device}: under torchrun every process has a GPU of its own; give cuda")
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=PATIENCE)
+
+
+def place():
+    """(number of this process, count W of them): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def exchange(operation, *tensors):
+    """A collective operation. ConnectionError when another process has ended: that one has said why."""
+    try:
+        operation(*tensors)
+    except RuntimeError as error:  # what gloo and nccl raise
+        raise ConnectionError(f"process {place()[0]} of {place()[1]} lost the others; the first message of another "
+                              f"process says why ({str(error)[:200]})") from error
+
+
+def gather(value):
+    """The `value` of every process, in order: a list of W. It must be made of what JSON has.
+
+    Not all_gather_object, which would unpickle what it is sent; JSON gives every float back exactly.
+    """
+    if place()[1] == 1:
+        return [value]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)  # [bytes]
+    sizes = list(torch.zeros(place()[1], 1, dtype=torch.long, device=device))  # W x [1]
+    exchange(dist.all_gather, sizes, torch.tensor([len(own)], device=device))
+    longest = max(int(size) for size in sizes)
+    padded = own.new_zeros(longest)  # all_gather wants equal lengths
+    padded[:len(own)] = own
+    parts = list(own.new_zeros(place()[1], longest))  # W x [longest]
+    exchange(dist.all_gather, parts, padded)
+    return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
+
+
+def share(rows):
+    """This process's part of a list: every W-th entry. All of it without torchrun."""
+    rank, count = place()
+    return rows[rank::count]
+
+
+def unshare(part):
+    """The whole list again, in its order, of everybody's `share`; JSON entries."""
+    parts = gather(part)
+    whole = [None] * sum(map(len, parts))
+    for rank, entries in enumerate(parts):
+        whole[rank::len(parts)] = entries
+    return whole
+
+
+def sum_gradients(parameters):
+    """Every process's gradients become the sum over all; the loss was already divided by the whole batch's size."""
+    if place()[1] == 1:
+        return
+    # One message of all gradients, not hundreds of small ones. A process whose groups are all idle has none: zeros.
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    exchange(dist.all_reduce, flat)
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = grad.view_as(parameter)
 
 
 # ------------------------------------------------------------------------------------------------------ what is drawn
@@ -296,24 +392,30 @@ def update(policy, optimizer, prompts, groups, advantages, args, names):
 
     advantages: (decision, box, weight), [B, n] each, of `judge`. names: B query ids, for FloatingPointError, raised
     when loss or gradient is not finite. Groups without any advantage cost no pass, unless a KL term pulls on them; they
-    stay in the divisor, so leaving them out changes nothing but time.
+    stay in the divisor, so leaving them out changes nothing but time. Under torchrun all of this is the process's
+    share, and weights and numbers come out alike everywhere.
     """
     idle = rgrpo.zero_advantage(*advantages[:2])  # [B]
     work = [b for b in range(len(groups)) if args.beta or not idle[b]]
-    total = loss_size(groups, advantages[2], args.norm)
+    sizes = gather(loss_size(groups, advantages[2], args.norm))
+    total, everyone = sum(sizes), unshare(idle.tolist())  # of the whole batch
+    busy = args.beta or not all(everyone)  # anywhere: a process without work must still add its zeros
     old, passes, norms = {}, [], []
-    for _ in range(args.inner_steps if work else 0):
+    for _ in range(args.inner_steps if busy else 0):
         optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(work), args.micro):
             part = work[start:start + args.micro]
             passes.append(backward(policy, part, prompts, groups, advantages, total, old, args, names))
+        sum_gradients(policy.lora_parameters())
         norms.append(torch.nn.utils.clip_grad_norm_(policy.lora_parameters(), args.max_grad_norm).item())
         # Clipping by an infinite norm makes every gradient NaN or 0: the step would ruin the weights without a word.
         if not math.isfinite(norms[-1]):
-            raise FloatingPointError(f"the gradient's norm is {norms[-1]}; queries {[names[b] for b in work]}")
+            raise FloatingPointError(f"the gradient's norm is {norms[-1]}; queries {[names[b] for b in work]}"
+                                     + (" or another process's" if place()[1] > 1 else ""))
         optimizer.step()
-    learned = {**merge_passes(passes, args.inner_steps), "grad_norm": float(np.mean(norms))} if work else {}
-    return {**learned, "zero_advantage": float(idle.float().mean())}
+    passes = [one for part in gather(passes) for one in part]
+    learned = {**merge_passes(passes, args.inner_steps), "grad_norm": float(np.mean(norms))} if busy else {}
+    return {**learned, "zero_advantage": float(torch.tensor(everyone, dtype=torch.float32).mean())}
 
 
 def merge_passes(passes, inner_steps):
@@ -370,11 +472,22 @@ def backward(policy, part, prompts, groups, advantages, total, old, args, names)
 # ------------------------------------------------------------------------------------------------------------ looking
 
 
-def describe(groups, counts, rewards):
-    """What a step's rollouts were like: means over rollouts, an answer counted as often as it stands for."""
-    weight = np.concatenate([np.array(count, dtype=float) for count in counts])  # [M]
-    kinds = np.array([c.action.decision for group in groups for c in group])  # [M]
-    total = np.concatenate([r["total"] for r in rewards])  # [M]
+def tell(groups, counts, rewards):
+    """What `describe` needs of a step's rollouts, a dict a query, made of what JSON has: processes exchange it."""
+    return [{"decision": [c.action.decision for c in group], "count": list(count),
+             "p_region": group[0].action.p_region, **{name: values.tolist() for name, values in earned.items()}}
+            for group, count, earned in zip(groups, counts, rewards)]
+
+
+def describe(told):
+    """What a step's rollouts were like: means over rollouts, an answer counted as often as it stands for.
+
+    told: of `tell`, all queries of the step.
+    """
+    def column(name):
+        return np.array([value for query in told for value in query[name]])  # [M]
+
+    weight, kinds, total = column("count").astype(float), column("decision"), column("total")  # [M] each
     log = {"reward": float((weight * total).sum() / weight.sum())}
     for name in ("FULL", "REGION", "MALFORMED"):
         inside = kinds == name  # [M]
@@ -383,24 +496,25 @@ def describe(groups, counts, rewards):
             log[f"reward_{name.lower()}"] = float((weight * total)[inside].sum() / weight[inside].sum())
     if (kinds == "REGION").any():  # without one there is no mean, and 0 would say "no better, no worse"
         for name in ("d_mrr", "d_ndcg", "d_rank", "d_margin"):
-            log[name] = float(np.mean(np.concatenate([r[name] for r in rewards])[kinds == "REGION"]))
-    p = [group[0].action.p_region for group in groups if group[0].action.p_region is not None]
+            log[name] = float(np.mean(column(name)[kinds == "REGION"]))
+    p = [query["p_region"] for query in told if query["p_region"] is not None]
     return {**log, "p_region": float(np.mean(p)) if p else None}  # the crop rate that the policy itself would have
 
 
 def validate(policy, scorer, data, args):
     """Greedy answers to the first --val-queries val queries: MRR, CondR@1 (None without a positive) and crop rate."""
-    rows = list(range(min(args.val_queries, len(data.queries))))
-    ranked = []
-    crops = 0
+    everyone = list(range(min(args.val_queries, len(data.queries))))
+    rows = share(everyone)
+    ranked = []  # per query: its scores [K] and whether it was cropped
     for start in range(0, len(rows), 32):
         part = rows[start:start + 32]
         images = [data.open_image(i) for i in part]
         actions = policy.act(images, [data.queries[i].question for i in part], args.decode, batch_size=32)
-        crops += sum(a.decision == "REGION" for a in actions)
-        ranked += [s[0] for s in score_views(data, scorer, part, images, [[a] for a in actions])]  # [K] each
-    means = summary(metrics(np.stack(ranked), np.array([data.queries[i].labels for i in rows])))
-    return {"val_mrr": means["MRR"], "val_cond_r1": means["CondR@1"], "val_crop_rate": crops / len(rows)}
+        found = score_views(data, scorer, part, images, [[a] for a in actions])  # [1, K] each
+        ranked += [(s[0].tolist(), a.decision == "REGION") for s, a in zip(found, actions)]
+    ranked, crops = zip(*unshare(ranked))
+    means = summary(metrics(np.array(ranked), np.array([data.queries[i].labels for i in everyone])))
+    return {"val_mrr": means["MRR"], "val_cond_r1": means["CondR@1"], "val_crop_rate": sum(crops) / len(everyone)}
 
 
 def sample_lines(step, data, rows, groups, rewards, advantages):
@@ -428,6 +542,107 @@ def readable(log, steps, left):
         line += (f" | val MRR {show('val_mrr', '.3f')} CondR@1 {show('val_cond_r1', '.3f')} "
                  f"crop rate {show('val_crop_rate', '.2f')}")
     return line
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def longest_prompt(policy, data):
+    """(tokens, patches, pixels a side): what no prompt of `data` has more of, from longest question and largest image.
+
+    No pixel is read: image sizes stand in the files' headers, and the image processor says what it would make of them.
+    Once an image is as large as --max-pixels allows, the others need not be looked at. A file that cannot be read is
+    left to the step that needs it, which says more.
+    """
+    reader, tokenizer = policy.processor.image_processor, policy.processor.tokenizer
+    cap, patches, side = reader.size["longest_edge"], 0, 0
+    for path in dict.fromkeys(map(data.image_path, range(len(data.queries)))):
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+            patches = max(patches, reader.get_number_of_image_patches(height, width))
+            side = max(side, width, height)
+        except (OSError, ValueError):  # ValueError: sides too unequal to be resized
+            continue
+        if width * height >= cap:
+            patches, side = cap // reader.patch_size**2, math.isqrt(4 * cap)  # sides of 1 to 4, say
+            break
+    empty, = policy.prompts([Image.new("RGB", (56, 56))], [""])
+    frame = len(empty.ids) - int(empty.mm_token_type_ids.sum())  # all that surrounds question and image
+    longest, questions = 0, [query.question for query in data.queries]
+    for start in range(0, len(questions), 10_000):  # in parts: a million encodings at once would take gigabytes
+        ids = tokenizer(questions[start:start + 10_000], add_special_tokens=False)["input_ids"]
+        longest = max(longest, *map(len, ids))
+    return frame + longest + patches // reader.merge_size**2, patches, side
+
+
+def memory_forecast(policy, scorer, args, tokens, patches, side):
+    """Bytes that a process will need: ({what stays: bytes}, {what comes and goes: bytes}); the peak is the sum of the
+    first and the largest of the second. tokens, patches, side: of `longest_prompt`. Arithmetic; nothing is run."""
+    config, size, cuda = policy.model.config, policy.model.dtype.itemsize, policy.device.type == "cuda"
+    queries = math.ceil(args.queries / place()[1])
+    written = args.group  # rollouts that are decoded to their end
+    if args.decode == "grammar":
+        # Coordinates as long as can be; nothing depends on what follows the last of them.
+        region = policy.grammar.region_ids([int("9" * len(str(side)))] * 4)
+        answer, trunk = len(region) - len(policy.grammar.spans[4]), len(policy.grammar.trunk)
+        if args.balance == "force":  # FULL ends at its decision
+            written = rgrpo.plan(args.group, args.balance).count("REGION")
+        tree, vocabulary = trunk + written * (answer - trunk), 0
+    else:
+        answer, tree, vocabulary = args.max_new_tokens, args.group * args.max_new_tokens, config.text_config.vocab_size
+
+    def answering(count, each):
+        """The prompts' cache, then the pass that fills it or its copies, of which one layer's is being lengthened."""
+        copies = cache_memory(config, count * each, tokens + answer, size)
+        copies += copies // config.text_config.num_hidden_layers + count * each * vocabulary * (size + 32)
+        reading = passing_memory(config, count, tokens, patches, size, cuda)
+        return cache_memory(config, count, tokens, size) + max(copies, reading)
+
+    rows = min(args.micro, queries), tokens + tree, patches, size, cuda
+    # Beside what is kept: the reference policy's forward, or the gradients of the MLP's three products.
+    beside = passing_memory(config, *rows) if args.beta else math.prod(
+        (3, *rows[:2], config.text_config.intermediate_size, size))
+    weights = sum(p.numel() for p in policy.lora_parameters())
+    stays = {"policy": sum(p.numel() * p.element_size() for p in policy.model.parameters()) - 4 * weights,
+             "LoRA, its gradient and Adam's two moments": weights * (16 + (size if cuda else 0)),  # + its cast copy
+             "scorer": sum(p.numel() * p.element_size() for p in scorer.model.parameters())}
+    saved = saved_activations(config, policy.lora, *rows, policy.tower_adapted, args.checkpointing, cuda)
+    comes = {
+        "rollout": answering(queries, written),
+        # 512 choices among a whole vocabulary at a time: logits, their softmax and both gradients.
+        "update": sum(saved.values()) + beside + min(vocabulary, 1) * 512 * vocabulary * 24,
+        "scorer's crops": crop_memory(scorer, queries * written)}
+    if args.eval_every:
+        comes["evaluation"] = answering(32, 1)
+    return stays, comes
+
+
+def crop_memory(scorer, count):
+    """Bytes for a moment, when the scorer encodes `count` crops: residual, norm and the wider of attention and MLP."""
+    config, size = scorer.model.config, next(scorer.model.parameters()).element_size()
+    height, width = config.image_hw
+    tokens = min(count, scorer.batch_size) * (height // config.patch_size * (width // config.patch_size) + 1)
+    return int(tokens * size * config.width * (2 + max(4, 2 * config.mlp_ratio)))
+
+
+def check_memory(policy, scorer, data, args):
+    """The forecast as lines to print. ValueError, with a remedy, where a CUDA card cannot hold it."""
+    tokens, patches, side = longest_prompt(policy, data)
+    stays, comes = memory_forecast(policy, scorer, args, tokens, patches, side)
+    most, peak = max(comes, key=comes.get), sum(stays.values()) + max(comes.values())
+    lines = [f"memory forecast, for prompts of up to {tokens} tokens (images of up to {patches} patches):"]
+    lines += [f"  {count / 2**20:10,.1f} MiB  {name}" for name, count in {**stays, **comes}.items()]
+    lines += [f"  {peak / 2**20:10,.1f} MiB  at the peak, {most}"]
+    if policy.device.type == "cuda":
+        # What is free, and what this process holds already: the weights.
+        room = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
+        if peak > room:
+            remedies = {"update": "--micro 1, --checkpointing", "rollout": "fewer --queries or more processes",
+                        "evaluation": "--eval-every 0", "scorer's crops": "a smaller scorer"}
+            raise ValueError("\n".join(lines) + f"\n{policy.device} has {room / 2**20:,.1f} MiB for it. What helps: "
+                             f"{remedies[most]}, or a smaller --max-pixels (in a new run)")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------- the run's files
@@ -461,8 +676,8 @@ def check_run(run, config, resume):
     if old["pools"] != config["pools"]:
         raise ValueError(f"{run} was trained on other pools ({old['data']}, {old['pools']}) than {config['data']} "
                          f"({config['pools']}): choose another --run")
-    # These change no weight: a run that stopped at a long prompt may go on with a higher limit.
-    free = ("save_every", "max_prompt_tokens")
+    # These change no weight: a run that stopped at a long prompt or for want of memory may go on with another value.
+    free = ("save_every", "max_prompt_tokens", "checkpointing")
     changed = sorted(k for k, v in config["args"].items() if k not in free and old["args"].get(k) != v)
     if changed:
         raise ValueError(f"{run}: --resume with other values of {', '.join(changed)} than it was started with; "
@@ -540,6 +755,10 @@ def open_policy(args):
     policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=prompt,
                          attention=attention)
     policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
+    if args.checkpointing:
+        # Decoder layers and vision blocks, in train mode alone: `backward` keeps that mode until its gradients are
+        # there. The other kind (re-entrant) would not see LoRA: its inputs, frozen embeddings, need no gradient.
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
 
 
@@ -548,12 +767,14 @@ def train_step(step, steps, policy, optimizer, scorer, data, args):
 
     step: from 0, of `steps`. FloatingPointError names step and queries when loss or gradient is not finite.
     """
-    torch.manual_seed(args.seed * 1_000_003 + step)  # dropout; a resumed run draws what an unbroken one draws
+    # Dropout: a resumed run draws what an unbroken one draws, and no process what another draws.
+    torch.manual_seed(args.seed * 1_000_003 + step + (place()[0] << 40))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
     rows = queries_of_step(step, len(data.queries), args.queries, args.seed)
+    seeds = share(seeds_of_step(step, rows, len(data.queries), args.seed))
+    rows = share(rows)  # the step's first query is process 0's, which writes the samples
     images, prompts = open_queries(policy, data, rows, args.max_prompt_tokens)
-    seeds = seeds_of_step(step, rows, len(data.queries), args.seed)
     groups, counts = sample_groups(policy, prompts, seeds, args)
     rewards = reward_groups(data, scorer, rows, images, groups, args)
     advantages = judge(groups, counts, rewards, args)
@@ -563,19 +784,24 @@ def train_step(step, steps, policy, optimizer, scorer, data, args):
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step} (from 0, as in log.jsonl): {error}. Nothing of this step was kept; if "
                                  "it comes again with --resume, train anew with a smaller --lr") from error
-    log = {"step": step, **describe(groups, counts, rewards), **numbers, "lr": optimizer.param_groups[0]["lr"]}
+    told = unshare(tell(groups, counts, rewards))
+    log = {"step": step, **describe(told), **numbers, "lr": optimizer.param_groups[0]["lr"]}
     return log, list(sample_lines(step, data, rows, groups, rewards, advantages))
 
 
 def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
     """Steps start .. steps - 1, with their logs, evaluations and states in the run folder."""
-    run, began = Path(args.run), time.perf_counter()
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step", disable=None):
+    run, began, first = Path(args.run), time.perf_counter(), place()[0] == 0
+    # disable=None: a bar on terminals only.
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step",
+                     disable=None if first else True):
         clock = time.perf_counter()
         log, samples = train_step(step, steps, policy, optimizer, scorer, data, args)
         log["seconds"] = time.perf_counter() - clock
         if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             log |= validate(policy, scorer, val, args)
+        if not first:
+            continue
         append(run / "log.jsonl", [log])
         if args.samples_every and step % args.samples_every == 0:
             append(run / "samples.jsonl", samples)
@@ -584,32 +810,48 @@ def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
             save_state(str(run / "state.pt"), step + 1, policy, optimizer)
 
 
+def start_files(run, config, start):
+    """The run folder as it should be before step `start`."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", config)
+    for name in ("log.jsonl", "samples.jsonl"):
+        keep_lines_before(run / name, start)
+
+
 def train(args):
     """The stage: args of `parse_args` in, a run folder out. Returns the policy, None if the run was finished before.
 
     ValueError or FileNotFoundError for input that does not fit; FloatingPointError for numbers that are not finite.
     """
     scorer, data, val = open_data(args)
-    run, config = Path(args.run), describe_run(args, data)
+    run, config, first = Path(args.run), describe_run(args, data), place()[0] == 0
     found = check_run(run, config, args.resume)  # before the policy: a refusal should not wait for gigabytes
     if found == "finished":
-        print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
-        os.utime(run / "adapter" / "adapter_model.safetensors")  # make asked because data/ is newer: it is up to date
+        if first:
+            print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
+            os.utime(run / "adapter" / "adapter_model.safetensors")  # make asked because data/ is newer: up to date
         return None
     policy = open_policy(args)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", config)
     # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
     start = load_state(run / "state.pt", policy, optimizer) if found == "state" else 0
     steps = steps_of(args, len(data.queries))
-    for name in ("log.jsonl", "samples.jsonl"):
-        keep_lines_before(run / name, start)
-    print(f"r-GRPO: {len(data.queries)} training queries, {steps} steps of {args.queries} queries x {args.group} "
-          f"rollouts, {sum(p.numel() for p in policy.lora_parameters()):,} LoRA weights, on {args.device}"
-          + (f", going on from step {start}" if start else ""))
+    # Also the moment at which all have read the run folder, and process 0 may write there.
+    seen = gather([start, config["manifest_sha256"]])
+    if any(one != seen[0] for one in seen):
+        raise ValueError(f"the processes found different files (steps done, manifest): {seen}; --run and --data must "
+                         "be the same folders for all")
+    forecast = check_memory(policy, scorer, data, args)
+    if first:
+        start_files(run, config, start)
+        print(f"r-GRPO: {len(data.queries)} training queries, {steps} steps of {args.queries} queries x {args.group} "
+              f"rollouts, {sum(p.numel() for p in policy.lora_parameters()):,} LoRA weights, on {args.device}"
+              + (f" and {place()[1] - 1} more" if place()[1] > 1 else "")
+              + (f", going on from step {start}" if start else ""))
+        print("\n".join(forecast))
     run_steps(start, steps, policy, optimizer, scorer, data, val, args)
-    policy.save_adapter(str(run / "adapter"))
+    if first:
+        policy.save_adapter(str(run / "adapter"))
     return policy
 
 
@@ -618,9 +860,14 @@ def main(argv=None):
     # A pure function of the seed, on one machine: no kernel that adds up in an order of its own.
     torch.use_deterministic_algorithms(args.device == "cpu")
     try:
+        join_processes(args)
         train(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    # One process's end is everybody's: torchrun stops the others, who would wait for its part.
+    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError) as error:
         raise SystemExit(f"train.py: {error}") from error
+    # Not in a `finally`: leaving in good order means to wait for the others, who may be waiting for this one.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

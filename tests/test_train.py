@@ -3,18 +3,25 @@ looking, so what moves is moved by the reward, and slow, obvious oracles say by 
 
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import rgrpo
 import tiny_policy
 import train
-from policy import Action, load_policy
+from policy import Action, Tree, cache_memory, load_policy, saved_activations
 from scorer import (
     POOL_VERSION, EvaClip, EvaClipConfig, Query, crop, load_data, load_scorer, write_array, write_json, write_pool,
 )
@@ -364,7 +371,7 @@ def test_describe_by_hand():
               for kinds, p in ((("FULL", "REGION", "REGION"), .2), (("REGION", "MALFORMED"), .6))]
     rewards = [{"total": np.array([1, .5, -.5]), **{f"d_{k}": np.array([0, .4, -.1]) for k in DELTAS}},
                {"total": np.array([.3, -1]), **{f"d_{k}": np.array([.6, 0]) for k in DELTAS}}]
-    log = train.describe(groups, [[4, 1, 1], [1, 1]], rewards)
+    log = train.describe(train.tell(groups, [[4, 1, 1], [1, 1]], rewards))
     # 8 rollouts: 4 of FULL earn 1, three REGION .5, -.5 and .3, one MALFORMED -1: 4 + .3 - 1 = 3.3.
     wanted = {"reward": 3.3 / 8, "full_rate": .5, "region_rate": 3 / 8, "malformed_rate": 1 / 8, "reward_full": 1.0,
               "reward_region": .1, **{f"d_{k}": .3 for k in DELTAS}, "p_region": .4}
@@ -373,7 +380,7 @@ def test_describe_by_hand():
 
 def test_describe_says_nothing_about_what_did_not_happen():
     group = [SimpleNamespace(action=Action("FULL", None, None, ""))]
-    log = train.describe([group], [[1]], [{"total": np.array([1.0])}])
+    log = train.describe(train.tell([group], [[1]], [{"total": np.array([1.0])}]))
     assert log == {"reward": 1, "full_rate": 1, "region_rate": 0, "malformed_rate": 0, "reward_full": 1,
                    "p_region": None}
 
@@ -522,6 +529,128 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(home, data, sett
     policy.lora_parameters()[1].register_hook(lambda grad: grad * math.inf)
     with pytest.raises(FloatingPointError, match="gradient's norm is (nan|inf)"):
         gradient(policy, prompts, groups, advantages, args, step=lambda: pytest.fail("the weights moved"))
+
+
+def saved_bytes(policy, run):
+    """Bytes that autograd keeps for the backward pass of run(), every storage once, weights left out."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_memory_and_nothing_else(home, data, settings, dropout):
+    """Equal gradients, in language model and tower, also when dropout has to be drawn a second time."""
+    found = []
+    for more in ((), ("--checkpointing",)):
+        args = settings("--targets", "all", "--dropout", str(dropout), "--beta", "0.1", *more)
+        policy = train.open_policy(args)
+        for parameter in policy.lora_parameters():  # away from B = 0, where A has no gradient
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+        prompts, groups, _, advantages = drawn(policy, data, args)
+        torch.manual_seed(3)
+        numbers, grads = gradient(policy, prompts, groups, advantages, args)
+        policy.train()
+        found.append((numbers, grads, saved_bytes(policy, lambda: policy.log_probs(prompts, groups))))
+        policy.eval()
+    (plain, wanted, much), (numbers, grads, little) = found
+    assert close(grads, wanted, 1e-6) and numbers == pytest.approx(plain, rel=1e-6, abs=1e-6)
+    assert little < much / 4
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("targets, dropout", [("language", 0.0), ("all", 0.0), ("language", 0.3), ("all", 0.3)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_saved_activations_equal_what_autograd_keeps(home, data, settings, attention, targets, dropout, checkpointing):
+    args = settings("--targets", targets, "--dropout", str(dropout), *["--checkpointing"] * checkpointing)
+    policy = train.open_policy(args)
+    policy.model.set_attn_implementation(attention)
+    prompts, groups, _, _ = drawn(policy, data, args, range(2))
+    policy.train()
+    found = saved_bytes(policy, lambda: policy.log_probs(prompts, groups))
+    trees = [Tree([c.ids for c in group], [int(np.flatnonzero(c.free).max()) for c in group]) for group in groups]
+    length = max(len(p.ids) + len(tree.tokens) for p, tree in zip(prompts, trees))
+    wanted = saved_activations(policy.model.config, policy.lora, 2, length, len(prompts[0].pixel_values), 4,
+                               attention == "sdpa", targets == "all", checkpointing, cuda=False)
+    # A checkpoint holds the mask as an argument, which is not counted as saved; "again" comes in the backward pass.
+    counted = wanted["language"] + wanted["tower"] + (0 if checkpointing else wanted["mask"])
+    assert counted == pytest.approx(found, rel=0.2)
+    assert (wanted["tower"] > 0) == (targets == "all") and (wanted["again"] > 0) == checkpointing
+
+
+def test_cache_memory_equals_a_cache(home, data):
+    policy = new_policy(home)
+    _, prompts = train.open_queries(policy, data, [0, 1], 8192)
+    with torch.no_grad():
+        _, rows = policy._prefill(prompts, [[]] * 2)
+    kept = sum(t.numel() * t.element_size() for layer in rows.cache.layers for t in (layer.keys, layer.values))
+    assert cache_memory(policy.model.config, 2, max(len(p.ids) for p in prompts), 4) == kept
+
+
+def test_longest_prompt_bounds_all(home, data, monkeypatch):
+    policy = new_policy(home)
+    data.queries[4].question += " And how tall, in metres?"
+    _, prompts = train.open_queries(policy, data, range(TRAIN), 8192)
+    opened = []
+    monkeypatch.setattr(train.Image, "open", lambda path, plain=Image.open: opened.append(path) or plain(path))
+    tokens, patches, side = train.longest_prompt(policy, data)
+    longest = max(len(p.ids) for p in prompts)
+    # A question's tokens alone and in its place may differ by one where they meet what surrounds them.
+    assert (patches, side) == (24, 84) and len(opened) == TRAIN  # 84 x 56 pixels are 6 x 4 patches
+    assert longest <= tokens <= longest + 2
+    # At the cap the first image says all: 2 x 28 x 28 pixels are 8 patches of 14 x 14.
+    policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}
+    assert train.longest_prompt(policy, data)[1] == 8 and len(opened) == TRAIN + 1
+
+
+def test_longest_prompt_leaves_broken_images_to_the_step(home, data):
+    data.queries[0].image, data.queries[1].image = "nowhere.png", "../prompt.txt"
+    assert train.longest_prompt(new_policy(home), data)[1] == 24
+
+
+def test_forecast_moves_with_its_causes(home, scorer, settings):
+    def forecast(*more):
+        args = settings("--queries", "4", *more)
+        stays, comes = train.memory_forecast(train.open_policy(args), scorer.scorer, args, 500, 100, 140)
+        return {**stays, **comes}
+
+    plain = forecast()
+    policy = load_policy(str(home / "policy"))
+    assert plain["policy"] == sum(4 * p.numel() for p in policy.model.parameters())
+    assert plain["scorer"] == sum(4 * p.numel() for p in scorer.scorer.model.parameters())
+    assert forecast("--rank", "16")["LoRA, its gradient and Adam's two moments"] == 2 * plain[
+        "LoRA, its gradient and Adam's two moments"]
+    for more, row in ((("--micro", "1"), "update"), (("--checkpointing",), "update"), (("--queries", "2"), "rollout"),
+                      (("--targets", "language", "--dropout", "0"), "update")):
+        assert forecast("--targets", "all", "--dropout", "0.1")[row] > forecast(
+            "--targets", "all", "--dropout", "0.1", *more)[row]
+    assert "evaluation" not in forecast("--eval-every", "0")
+
+
+@pytest.mark.parametrize("room, fits", [(2**40, True), (2**20, False)])
+def test_card_that_is_too_small_is_refused_with_a_remedy(home, data, scorer, settings, monkeypatch, room, fits):
+    policy, args = new_policy(home), settings("--micro", "2", "--eval-every", "0")
+    on_card = SimpleNamespace(model=policy.model, lora=policy.lora, lora_parameters=policy.lora_parameters,
+                              grammar=policy.grammar, tower_adapted=False, processor=policy.processor,
+                              prompts=policy.prompts, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**10)
+    if fits:
+        assert "at the peak, update" in train.check_memory(on_card, scorer.scorer, data, args)[-1]
+        return
+    with pytest.raises(ValueError, match=r"cuda:0 has 1.0 MiB for it.*--checkpointing.*--max-pixels"):
+        train.check_memory(on_card, scorer.scorer, data, args)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -689,7 +818,8 @@ def test_run_with_a_state_needs_resume_and_its_own_settings(home, finished, tmp_
     # These may change: they have no part in the result.
     monkeypatch.setattr(train, "open_policy", lambda args: pytest.fail("came through"))
     with pytest.raises(pytest.fail.Exception, match="came through"):
-        train.main(flags(home, run, *DROPOUT, "--resume", "--save-every", "1", "--max-prompt-tokens", "9000"))
+        train.main(flags(home, run, *DROPOUT, "--resume", "--save-every", "1", "--max-prompt-tokens", "9000",
+                         "--checkpointing"))
     config = json.loads((run / "config.json").read_text())
     write_json(run / "config.json", {**config, "pools": "of other data"})
     assert "was trained on other pools" in refused(*flags(home, run, *DROPOUT, "--resume"))
@@ -704,6 +834,94 @@ def test_run_killed_before_its_first_state_starts_again(home, tmp_path):
     (run / "log.jsonl").write_text('{"step": 0, "reward": 9}\n{"step": 1, "rew')
     train.main(flags(home, run, "--steps", "1", "--eval-every", "0", "--resume"))
     assert [line["step"] for line in read_log(run)] == [0] and read_log(run)[0]["reward"] < 9
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def forked(processes, command, folder):
+    """As torchrun does it, but without importing everything anew. Exit codes; what they print is in `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        # Left open: what SystemExit says is printed after this function.
+        sys.stdout, sys.stderr = (open(folder / f"{rank}.{end}", "w", buffering=1) for end in ("out", "err"))
+        train.main(command)
+
+    children = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        if child.is_alive():
+            child.kill()
+            pytest.fail("a process hangs")
+    return [child.exitcode for child in children]
+
+
+def torchrun(processes, command):
+    """train.py under torchrun on a free port; a hang is an error."""
+    # Without the "--" argparse of some versions takes our --run for a short form of torchrun's own --run-path.
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--",
+         str(Path(train.__file__)), *command],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_equal_one(home, tmp_path):
+    """Three queries a step, so the shares are 2 and 1; process 1 also goes idle now and then."""
+    more = ("--queries", "3", "--micro", "2", "--lr", "0.001", "--beta", "0.05", "--inner-steps", "2",
+            "--decision-weight", "pi", "--targets", "all")
+    train.main(flags(home, tmp_path / "one", *more))
+    done = torchrun(2, flags(home, tmp_path / "two", *more))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("r-GRPO: 6 training queries") == 1 and "on cpu and 1 more" in done.stdout
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+    for ours, theirs in zip(untimed(tmp_path / "two"), untimed(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    lines = [[json.loads(line) for line in (tmp_path / run / "samples.jsonl").read_text().splitlines()]
+             for run in ("two", "one")]
+    assert [line["text"] for line in lines[0]] == [line["text"] for line in lines[1]]
+    ours, theirs = (load_file(tmp_path / run / ADAPTER) for run in ("two", "one"))
+    assert set(ours) == set(theirs) and max(float(b.abs().max()) for k, b in theirs.items() if "lora_B" in k) > 1e-3
+    assert all(float((ours[key] - theirs[key]).abs().max()) < 1e-5 for key in theirs)
+
+
+def test_two_processes_go_on_where_one_was_killed(home, tmp_path, monkeypatch):
+    more = ("--eval-every", "0", "--lr", "0.001")
+    train.main(flags(home, tmp_path / "one", *more))
+    whole = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda step, *rest: whole(step, *rest) if step < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(flags(home, tmp_path / "two", *more))
+    monkeypatch.setattr(train, "train_step", whole)
+    assert forked(2, flags(home, tmp_path / "two", *more, "--resume"), tmp_path) == [0, 0]
+    assert "going on from step 2" in (tmp_path / "0.out").read_text() and not (tmp_path / "1.out").read_text()
+    assert [line["step"] for line in read_log(tmp_path / "two")] == [0, 1, 2, 3]
+    for ours, theirs in zip(untimed(tmp_path / "two"), untimed(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def test_one_process_that_fails_stops_all(home, tmp_path):
+    """The image of process 1's share is gone: it says so, and process 0 does not wait for it."""
+    shutil.copytree(home / "data", tmp_path / "data")
+    shutil.copytree(home / "raw", tmp_path / "raw")
+    second = train.queries_of_step(0, TRAIN, 2, 0)[1]
+    (tmp_path / f"raw/train{second}.png").unlink()
+    assert forked(2, flags(home, tmp_path / "run", "--data", str(tmp_path / "data")), tmp_path) == [1, 1]
+    first, other = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
+    assert f"train{second}.png" in other and "needed by" in other and "lost the others" in first
+    assert not (tmp_path / "run/adapter").exists() and not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_processes_that_cannot_share(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "cannot be shared among 3 processes" in refused(*flags(home, tmp_path / "run"))
+    assert "give cuda" in refused(*flags(home, tmp_path / "run", "--queries", "3", "--device", "cuda:1"))
 
 
 def test_system_prompt_file(home, tmp_path):
