@@ -320,7 +320,7 @@ def make_pools(rows, found, entities, kb_entity, candidate_image):
         image = image if candidate_image == "retrieved" else first_image[pool]
         labels = [int(entities[j]["entity_id"] == row.positive) for j in pool]
         queries.append(Query(row.query_id, row.image, row.question, pool.tolist(), image.tolist(), labels,
-                             [round(float(c), 6) for c in cosine]))
+                             [round(float(c), 6) for c in cosine], [row.positive]))
     return queries
 
 

@@ -568,6 +568,8 @@ class Query:
     pool_image: list[int]    # [K] rows of kb_image.npy, one image of each entity
     labels: list[int]        # [K] 1 = positive, 0 = not
     retrieval: list[float]   # [K] cosine of the full query image with the entity's best image, descending
+    # entity_ids of the right answers, in the pool or not: intervals are resampled by entity, misses included.
+    positives: list[str] = dataclasses.field(default_factory=list)
     row: int = -1            # line number from 0 = row of {split}_full.npy; set by read_pool, not stored
 
 
@@ -607,6 +609,8 @@ def _check_query(query, k, where):
         for name in ("query_id", "image", "question"):
             if not isinstance(getattr(query, name), str) or not getattr(query, name):
                 return f"{name} must be a text that is not empty"
+        if not isinstance(query.positives, list) or any(not isinstance(v, str) for v in query.positives):
+            return "positives must be a list of texts"
         for name in ("pool", "pool_image", "labels", "retrieval"):
             values = getattr(query, name)
             kind = (int, float) if name == "retrieval" else int
