@@ -22,6 +22,7 @@ PREPARE_FLAGS ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS ?=
 TEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +36,7 @@ TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
 TABLES := runs/$(RUN)/eval/metrics.json
 
 .DEFAULT_GOAL := help
-.PHONY: help data train eval test mini clean
+.PHONY: help data train eval test mini bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +55,9 @@ test: $(READY:run.stamp=dev.stamp) ## all tests
 # The stand-ins are shipped and have no file target: a checkout's time stamps would start an hour of training at random.
 mini: | $(READY) ## build the two stand-in models mini/scorer and mini/policy anew
 	$(PY) -m mini.pretrain
+
+bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
+	$(PY) -m tools.bench $(BENCH_FLAGS)
 
 clean: ## remove data/, runs/ and raw/, but not the environment
 	rm -rf data runs raw

@@ -18,6 +18,7 @@ R rows being decoded, P choices, T tokens, L row length, S cache slots, V vocabu
 G image tokens. Simplified: one image a prompt, no beam search; the grammar writes whole numbers and no label.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -305,6 +306,15 @@ def read_adapter(folder):
         raise ValueError(f"{paths[1]}: lora_A or lora_B is missing for {halves[:3]}")
     settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
     return settings, {name: (pair["A"], pair["B"]) for name, pair in weights.items()}
+
+
+def adapter_base(folder):
+    """Name of the base model that an adapter was trained on, from its adapter_config.json."""
+    path = os.path.join(folder, "adapter_config.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing: {folder!r} is not a LoRA adapter (runs/<run>/adapter is one)")
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)["base_model_name_or_path"]
 
 
 def write_adapter(folder, base, settings, layers):
@@ -722,6 +732,36 @@ class Policy:
         for layer in self.layers.values():
             layer.unmerge()
 
+    def save_merged(self, folder):
+        """Write the whole model with the adapter folded in, as plain transformers (or vLLM) loads it.
+
+        Weights keep their type. Files: transformers' own, and system_prompt.txt, because the adapter was trained under
+        this very prompt. The policy itself is as before afterwards. ValueError without LoRA; FileExistsError when there
+        is a model in `folder` already.
+        """
+        if not self.layers:
+            raise ValueError("there is no adapter to merge: call load_adapter first")
+        if os.path.exists(os.path.join(folder, "config.json")):
+            raise FileExistsError(f"{folder} holds a model already; name a new folder")
+        merged = [name for name, layer in self.layers.items() if layer.saved_weight is not None]
+        self.merge()
+        self._place({name: layer.base for name, layer in self.layers.items()})
+        try:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        finally:
+            self._place(self.layers)
+            if not merged:
+                self.unmerge()
+        with open(os.path.join(folder, "system_prompt.txt"), "w", encoding="utf-8") as file:
+            file.write(self.system_prompt)
+
+    def _place(self, modules):
+        """Put {path: module} into the model, in place of what is there."""
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module)
+
     def train(self, mode=True):
         """Dropout on (and gradient checkpointing, where enabled on `model`) until `eval()`. Stay in this mode for the
         backward pass too: checkpointing runs the forward again there. `rollout` and `act` never use dropout."""
@@ -1129,3 +1169,32 @@ def _check_name(name):
             f"Try mini/policy (`make mini` builds it) or Qwen/Qwen2.5-VL-3B-Instruct.") from error
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"{name!r} is a {config.model_type} model; the policy must be a qwen2_5_vl one")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python policy.py --adapter runs/world/adapter --merge OUT
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Fold an adapter into its base model: one folder for transformers.")
+    parser.add_argument("--adapter", required=True, help="folder in peft's format, such as runs/world/adapter")
+    parser.add_argument("--merge", required=True, metavar="OUT", help="new folder for the whole model")
+    parser.add_argument("--policy", help="base model, id or folder; default: the one that the adapter names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+                        help="of the weights written; the published checkpoints are bfloat16")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        base = args.policy or adapter_base(args.adapter)
+        policy = load_policy(base, args.adapter, dtype=getattr(torch, args.dtype))
+        policy.save_merged(args.merge)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"policy.py: {error}") from error
+    print(f"wrote {args.merge}: {base} with {args.adapter} folded in, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()

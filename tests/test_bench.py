@@ -210,13 +210,14 @@ def test_ratios():
         "reward": case("reward", 1.0, 200, image_passes=4), "reward_release": case("reward", 9.0, 200, image_passes=84),
         "rollout": case("rollout", 1.0, 200), "rollout_repeated": case("rollout", 5.0, 200),
         "step": case("step", 2.0, 100), "step_trl": {"left_out": "trl is not installed"},
-        "act_grammar": case("batch 2", 1.0, 0), "act_free": case("batch 2", 3.0, 0)})
+        "act_grammar": {"median_s": {"batch 2": 1.5, "batch 2 FULL": 1.0}}, "act_free": case("batch 2", 3.0, 0)})
     # above rest: (700 - 100) / (200 - 100)
     assert found["update"] == {"time": 6.0, "peak_memory": 3.5, "memory_above_rest": 6.0}
     assert found["reward"]["image_passes"] == 21
     assert "step against TRL" not in found
     assert found["step against the sum of the repeated parts"] == {"time": (5 + 9 + 12) / 2}
-    assert found["free against grammar, batch 2"] == {"time": 3.0}
+    # 3 / 1.5 in all; without the prompt, which takes 1 s, (3 - 1) / (1.5 - 1).
+    assert found["free against grammar, batch 2"] == {"time": 2.0, "time_after_prefill": 4.0}
 
 
 @pytest.mark.parametrize("code, left_out", [(-9, True), (1, False)])

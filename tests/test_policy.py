@@ -155,6 +155,29 @@ def logged(out, groups):
     return torch.tensor(rows)
 
 
+# ---- images of odd sizes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, resized", [
+    ((1, 1), (28, 28)), ((20, 20), (28, 28)), ((5, 28), None),          # a side below one token's 28 pixels is enlarged
+    ((10, 1900), None),                                                 # 190 : 1, still within what can be resized
+])
+def test_small_and_thin_images_are_enlarged_and_boxes_come_back_to_them(policy, size, resized):
+    prompt = policy.prompts([Image.new("RGB", size)], ["What?"])[0]
+    assert prompt.resized_size == (resized or prompt.resized_size) and min(prompt.resized_size) >= 28
+    tokens = prompt.resized_size[0] * prompt.resized_size[1] // 28**2
+    assert int(prompt.mm_token_type_ids.sum()) == tokens and len(prompt.pixel_values) == 4 * tokens
+    action = policy.rollout([prompt], [["REGION"]], seeds=[0])[0][0].action
+    x1, y1, x2, y2 = action.box
+    assert 0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]
+
+
+def test_an_image_too_thin_to_be_resized_is_named(policy):
+    images = [Image.new("RGB", (50, 50)), Image.new("RGB", (5, 1001))]              # 1001 / 5 > 200
+    with pytest.raises(ValueError, match=r"image 1 is \(5, 1001\) pixels.*drop the query"):
+        policy.prompts(images, ["What?", "What?"])
+
+
 # ---- answers and frames ----------------------------------------------------------------------------------------------
 
 
@@ -681,6 +704,34 @@ def test_adapter_round_trip_and_what_does_not_fit(folder, policy, tmp_path):
         (broken / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match="only plain LoRA"):
             load_policy(folder, adapter=str(broken))
+
+
+def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path, capsys):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    policy.add_lora(r=4, alpha=12)
+    randomise_lora(policy)
+    policy.save_adapter(tmp_path / "adapter")
+    adapted, weights = all_logits(policy.model, prompts), policy.model.state_dict()
+    before = {name: value.clone() for name, value in weights.items()}
+    out = str(tmp_path / "whole")
+    policy_module.main(["--adapter", str(tmp_path / "adapter"), "--merge", out, "--dtype", "float32"])
+    assert "folded in, float32" in capsys.readouterr().out
+    plain, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(all_logits(plain.eval(), prompts), adapted, atol=1e-4, rtol=1e-4)
+    assert AutoProcessor.from_pretrained(out).tokenizer.get_vocab() == policy.processor.tokenizer.get_vocab()
+    # With the prompt that it was trained under, and no need to name it.
+    again = load_policy(out)
+    assert not again.layers and again.system_prompt == load_policy(policy.name).system_prompt
+    # A model that writes itself in the middle of training goes on as if nothing had happened.
+    policy.save_merged(str(tmp_path / "second"))
+    assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
+    for arguments, complaint in [(["--adapter", str(tmp_path / "adapter"), "--merge", out], "holds a model already"),
+                                 (["--adapter", str(tmp_path), "--merge", out + "2"], "adapter_config.json is missing")]:
+        with pytest.raises(SystemExit, match=complaint):
+            policy_module.main(arguments)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        again.save_merged(str(tmp_path / "third"))
 
 
 def test_adapter_of_another_base(folder, policy, tmp_path):
