@@ -36,7 +36,7 @@ TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
 TABLES := runs/$(RUN)/eval/metrics.json
 
 .DEFAULT_GOAL := help
-.PHONY: help data train eval test mini bench clean
+.PHONY: help data train eval test mini bench figure card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,12 @@ mini: | $(READY) ## build the two stand-in models mini/scorer and mini/policy an
 
 bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
 	$(PY) -m tools.bench $(BENCH_FLAGS)
+
+figure: $(READY:run.stamp=dev.stamp) $(POOLS) ## the README's picture of the loop, from a real group of rollouts
+	$(PY) -m tools.figure --data data/$(DATASET) --policy $(POLICY)
+
+card: $(TABLES) ## the model card, beside the adapter of runs/$(RUN)
+	$(PY) -m tools.card --run runs/$(RUN)
 
 clean: ## remove data/, runs/ and raw/, but not the environment
 	rm -rf data runs raw

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def untimed_log(folder):
 def whole(tmp_path_factory):
     """A folder where `make data train eval` has run; tests read it and change nothing. -> (folder, printed text)"""
     folder = tmp_path_factory.mktemp("whole")
-    files = [path.name for path in ROOT.glob("*.py")] + ["Makefile", "mini", "requirements.txt"]
+    files = [path.name for path in ROOT.glob("*.py")] + ["Makefile", "mini", "tools", "requirements.txt"]
     copy(ROOT, folder, *files)
     return folder, ok(make(folder, "data", "train", "eval"))
 
@@ -237,3 +238,15 @@ def test_unknown_policy_is_refused(whole, fresh):
     process = stage(fresh, "train", "--policy", "mini/nobody")
     assert process.returncode == 1 and "no policy 'mini/nobody'" in process.stderr
     assert not (fresh / "runs").exists()
+
+
+def test_the_readmes_figure_is_drawn_from_a_real_group(whole, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder, _ = whole
+    out = tmp_path / "deep" / "loop.png"
+    assert re.search(r"query \d+, E-VQA_train_", ok(run(folder, sys.executable, "-m", "tools.figure", "--split", "train",
+                                                       "--out", out)))
+    with Image.open(out) as picture:
+        assert picture.size[0] > 1200 and len(picture.convert("RGB").getcolors(256)) > 50
+    bad = run(folder, sys.executable, "-m", "tools.figure", "--query", "999", "--out", tmp_path / "no.png")
+    assert bad.returncode == 1 and "--query 999: a row from 0 to" in bad.stderr and not (tmp_path / "no.png").exists()

@@ -1,0 +1,45 @@
+"""The model card says what the run's files say, and nothing that they do not."""
+
+import json
+
+import pytest
+import yaml
+
+from tools import card
+
+CONFIG = {"policy": "org/base: 3B", "scorer": "s", "pools": "abc", "data": "nowhere",
+          "args": {"group": 8, "lr": 5e-05, "balance": "force", "micro": 4}}
+ROW = {"MRR": .5, "NDCG": .25, "R@1": .1, "R@5": .2, "CondR@1": None, "CondR@5": .75, "crop_rate": 0.0}
+METRICS = {"split": "test", "queries": 7, "with_positive": 4, "K": 20, "scorer": "s@1", "methods": {"full": ROW}}
+MANIFEST = {"dataset": "evqa", "splits": {"test": {"rows_read": 9, "kept": 7, "with_positive": 4}}}
+
+
+def test_card_by_hand():
+    text = card.card(CONFIG, METRICS, MANIFEST, "mit")
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "org/base: 3B" and head["license"] == "mit" and head["library_name"] == "peft"
+    assert "| full | 0.500 | 0.250 | 0.100 | 0.200 | - | 0.750 | 0.000 |" in text
+    assert "7 queries, 4 with a right answer among their 20 candidates" in text
+    assert "* test: 9 rows read, 7 kept, 4 with a right answer in the pool" in text
+    assert "| lr | `5e-05` |" in text and "micro" not in text and "| policy |" not in text
+
+
+def test_what_is_not_known_is_not_claimed():
+    text = card.card(CONFIG, {}, {}, "other")
+    assert "Not evaluated yet" in text and "not on this disk" in text and "0." not in text.split("## Results")[1][:200]
+
+
+def test_the_card_lies_beside_the_adapter(tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match="config.json is missing: a card needs a finished run"):
+        card.main(["--run", str(run)])
+    (run / "eval").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(SystemExit, match="adapter is missing: train first"):
+        card.main(["--run", str(run)])
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (run / "eval" / "metrics.json").write_text(json.dumps(METRICS))
+    card.main(["--run", str(run), "--licence", "apache-2.0"])
+    assert "license: \"apache-2.0\"" in (run / "adapter" / "README.md").read_text()
+    assert str(run) in capsys.readouterr().out and not list(run.rglob("*.tmp"))

@@ -1,0 +1,108 @@
+"""The model card of a trained run: README.md beside the adapter, in the form that model hubs show.
+
+    python -m tools.card --run runs/world --licence mit
+
+Everything comes from the run's own files: config.json (how it was trained), eval/metrics.json (what it reached),
+manifest.json of its data (which pools, which scorer). What is not there is not claimed. To share: runs/<run>/adapter.
+"""
+
+import argparse
+import json
+import os
+
+from scorer import replacing
+
+ROWS = ("full", "random", "center", "zeroshot", "policy", "oracle")
+COLUMNS = ("MRR", "NDCG", "R@1", "R@5", "CondR@1", "CondR@5", "crop_rate")
+# Arguments that say how a run was trained; the rest is where and how fast.
+METHOD = ("balance", "advantage", "decision_weight", "decode", "reward", "reward_weights", "eta", "clip", "beta",
+          "rank", "alpha", "dropout", "targets", "queries", "group", "steps", "epochs", "lr", "seed")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="runs/world", help="folder of train.py, with eval/ if it was evaluated")
+    parser.add_argument("--licence", default="other", help="identifier of the adapter's licence, as hubs spell it; the "
+                        "base model's and the data's licences bind too")
+    return parser.parse_args(argv)
+
+
+def read(path, needed=True):
+    """A JSON file as a dict; {} where there is none and none is needed."""
+    if not os.path.isfile(path):
+        if needed:
+            raise FileNotFoundError(f"{path} is missing: a card needs a finished run (`make train`)")
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def front_matter(config, licence):
+    """The YAML block that hubs read. Values are quoted as JSON, which YAML includes."""
+    fields = {"library_name": "peft", "base_model": config["policy"], "license": licence,
+              "pipeline_tag": "image-text-to-text", "tags": ["region-r1", "lora", "visual-re-ranking"]}
+    return ["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---"]
+
+
+def results(metrics):
+    """Lines of the table of results; none before evaluate.py has run."""
+    if not metrics:
+        return ["Not evaluated yet: `python evaluate.py` writes the numbers that would stand here."]
+    lines = [f"{metrics['split']} split, {metrics['queries']} queries, {metrics['with_positive']} with a right answer "
+             f"among their {metrics['K']} candidates, scorer `{metrics['scorer']}`; a miss counts 0, CondR@K is over the "
+             "latter.",
+             "", "| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name in ROWS:
+        if row := metrics["methods"].get(name):
+            cells = ["-" if row[c] is None else f"{row[c]:.3f}" for c in COLUMNS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def data_lines(config, manifest):
+    """What it was trained on; {} for a manifest that is not on this disk."""
+    lines = [f"Pools `{config['pools']}` (data set `{manifest.get('dataset', 'not on this disk')}`), candidates and "
+             f"crops embedded by `{config['scorer']}`."]
+    for split, counts in manifest.get("splits", {}).items():
+        lines.append(f"* {split}: {counts['rows_read']} rows read, {counts['kept']} kept, {counts['with_positive']} "
+                     "with a right answer in the pool")
+    return lines
+
+
+def card(config, metrics, manifest, licence):
+    """The whole card as text. config, metrics, manifest: the dicts of the three files."""
+    settings = [f"| {name} | `{json.dumps(config['args'][name])}` |" for name in METHOD if name in config["args"]]
+    return "\n".join([
+        *front_matter(config, licence), "", "# Region-R1 adapter", "",
+        "LoRA that lets a vision-language model decide whether a query image is kept whole or cropped to one region "
+        "before a frozen CLIP-style scorer re-ranks candidates ([Region-R1](https://arxiv.org/abs/2604.05268), r-GRPO).",
+        "",
+        "## Results", "", *results(metrics), "", "## Data", "", *data_lines(config, manifest), "",
+        "## Training", "", "| | |", "|---|---|", *settings, "",
+        "## Use", "", "```python", "from policy import load_policy",
+        f"policy = load_policy({json.dumps(config['policy'])}, adapter=\"THIS FOLDER\")",
+        'action = policy.act([image], ["Where does this beetle live?"])[0]   # FULL, or REGION with a box in pixels',
+        "```", "", "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`. Use the prompt of the training run.",
+        "", "## Limits and licence", "",
+        "Trained for one scorer: which crop helps depends on it. It was never taught to answer the question itself.",
+        f"Adapter: {licence}. The base model ({config['policy']}), the scorer and the data have their own licences.", ""])
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        config = read(os.path.join(args.run, "config.json"))
+        if not os.path.isfile(os.path.join(args.run, "adapter", "adapter_model.safetensors")):
+            raise FileNotFoundError(f"{args.run}/adapter is missing: train first, or --resume what was cut short")
+        metrics = read(os.path.join(args.run, "eval", "metrics.json"), needed=False)
+        manifest = read(os.path.join(config["data"], "manifest.json"), needed=False)
+    except FileNotFoundError as error:
+        raise SystemExit(f"tools.card: {error}") from error
+    path = os.path.join(args.run, "adapter", "README.md")
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(card(config, metrics, manifest, args.licence))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
