@@ -49,8 +49,8 @@ def results(metrics):
     if not metrics:
         return ["Not evaluated yet: `python evaluate.py` writes the numbers that would stand here."]
     lines = [f"{metrics['split']} split, {metrics['queries']} queries, {metrics['with_positive']} with a right answer "
-             f"among their {metrics['K']} candidates, scorer `{metrics['scorer']}`; a miss counts 0, CondR@K is over the "
-             "latter.",
+             f"among their {metrics['K']} candidates, scorer `{metrics['scorer']}`; a miss counts 0, CondR@K is over "
+             "the latter.",
              "", "| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in ROWS:
         if row := metrics["methods"].get(name):
@@ -75,7 +75,8 @@ def card(config, metrics, manifest, licence):
     return "\n".join([
         *front_matter(config, licence), "", "# Region-R1 adapter", "",
         "LoRA that lets a vision-language model decide whether a query image is kept whole or cropped to one region "
-        "before a frozen CLIP-style scorer re-ranks candidates ([Region-R1](https://arxiv.org/abs/2604.05268), r-GRPO).",
+        "before a frozen CLIP-style scorer re-ranks candidates "
+        "([Region-R1](https://arxiv.org/abs/2604.05268), r-GRPO).",
         "",
         "## Results", "", *results(metrics), "", "## Data", "", *data_lines(config, manifest), "",
         "## Training", "", "| | |", "|---|---|", *settings, "",
@@ -85,7 +86,7 @@ def card(config, metrics, manifest, licence):
         "```", "", "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`. Use the prompt of the training run.",
         "", "## Limits and licence", "",
         "Trained for one scorer: which crop helps depends on it. It was never taught to answer the question itself.",
-        f"Adapter: {licence}. The base model ({config['policy']}), the scorer and the data have their own licences.", ""])
+        f"Adapter: {licence}. Base model ({config['policy']}), scorer and data have licences of their own.", ""])
 
 
 def main(argv=None):
