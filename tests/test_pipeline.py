@@ -244,8 +244,8 @@ def test_the_readmes_figure_is_drawn_from_a_real_group(whole, tmp_path):
     pytest.importorskip("matplotlib")
     folder, _ = whole
     out = tmp_path / "deep" / "loop.png"
-    assert re.search(r"query \d+, E-VQA_train_", ok(run(folder, sys.executable, "-m", "tools.figure", "--split", "train",
-                                                       "--out", out)))
+    printed = ok(run(folder, sys.executable, "-m", "tools.figure", "--split", "train", "--out", out))
+    assert re.search(r"query \d+, E-VQA_train_", printed)
     with Image.open(out) as picture:
         assert picture.size[0] > 1200 and len(picture.convert("RGB").getcolors(256)) > 50
     bad = run(folder, sys.executable, "-m", "tools.figure", "--query", "999", "--out", tmp_path / "no.png")

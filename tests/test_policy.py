@@ -726,10 +726,10 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
     # A model that writes itself in the middle of training goes on as if nothing had happened.
     policy.save_merged(str(tmp_path / "second"))
     assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
-    for arguments, complaint in [(["--adapter", str(tmp_path / "adapter"), "--merge", out], "holds a model already"),
-                                 (["--adapter", str(tmp_path), "--merge", out + "2"], "adapter_config.json is missing")]:
+    for adapter, target, complaint in [(tmp_path / "adapter", out, "holds a model already"),
+                                       (tmp_path, out + "2", "adapter_config.json is missing")]:
         with pytest.raises(SystemExit, match=complaint):
-            policy_module.main(arguments)
+            policy_module.main(["--adapter", str(adapter), "--merge", target])
     with pytest.raises(ValueError, match="no adapter to merge"):
         again.save_merged(str(tmp_path / "third"))
 
