@@ -210,7 +210,7 @@ def test_ratios():
         "reward": case("reward", 1.0, 200, image_passes=4), "reward_release": case("reward", 9.0, 200, image_passes=84),
         "rollout": case("rollout", 1.0, 200), "rollout_repeated": case("rollout", 5.0, 200),
         "step": case("step", 2.0, 100), "step_trl": {"left_out": "trl is not installed"},
-        "act_grammar": {"median_s": {"batch 2": 1.5, "batch 2 FULL": 1.0}}, "act_free": case("batch 2", 3.0, 0)})
+        "act": {"median_s": {"batch 2 FULL": 1.0, "batch 2 grammar": 1.5, "batch 2 free": 3.0}}})
     # above rest: (700 - 100) / (200 - 100)
     assert found["update"] == {"time": 6.0, "peak_memory": 3.5, "memory_above_rest": 6.0}
     assert found["reward"]["image_passes"] == 21
@@ -274,7 +274,7 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
     assert found["ratios"]["update"]["time"] > 1
     counts = {case: result.get("counts") for case, result in found["cases"].items()}
     assert counts["rollout"]["image_passes"] == 2 and counts["update_repeated"]["image_passes"] == 8
-    assert counts["act_free"]["answer_tokens 1"] == counts["act_grammar"]["answer_tokens 1"]
+    assert counts["act"]["answer_tokens 1 free"] == counts["act"]["answer_tokens 1 grammar"]
     assert {"free against grammar, batch 1", "free against grammar, batch 2"} < set(found["ratios"])
     # A floor is below what was measured, whatever else the machine is doing.
     for result in found["cases"].values():

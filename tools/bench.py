@@ -779,10 +779,11 @@ class Watch(TrainerCallback):
         self.stack.close()
 
 
-def act(args, meter, decode):
+def case_act(args, meter):
     """Inference of batches of each size, from PIL images on; the adapter counts as merged, so there is no LoRA.
 
-    REGION is forced under the grammar and free decoding never ends early, so both write answers of the same length.
+    In turns, so that all see the same machine: FULL, which is the prefill alone, a whole REGION answer by the grammar,
+    and free decoding of an answer of that length (REGION is forced, and free decoding never ends early).
     """
     policy = build_policy(args, lora=False)
     images, questions = build_inputs(args, max(args.batches))
@@ -792,31 +793,22 @@ def act(args, meter, decode):
     # They may draw the end of turn at any token, too; only the length limit ends a free answer here.
     policy.end_tokens = set()
     meter.ready()
+    ways = {"FULL": ("FULL", "grammar"), "grammar": ("REGION", "grammar"), "free": (None, "free")}
     for batch in sorted(args.batches):
+        groups = {}
         for _ in range(args.warmup + args.repeat):
-            if decode == "grammar":
-                with meter.measure(f"batch {batch} FULL"):
-                    policy.rollout(policy.prompts(images[:batch], questions[:batch]), [["FULL"]] * batch, sample=False)
-            with meter.measure(f"batch {batch}"):
-                prompts = policy.prompts(images[:batch], questions[:batch])
-                plans = [["REGION" if decode == "grammar" else None]] * batch
-                groups = policy.rollout(prompts, plans, decode, sample=False, max_new_tokens=length)
-        if decode == "grammar":
-            meter.work[f"batch {batch} FULL"] = [prefill_work(policy, prompts, len(policy.grammar.trunk))]
-            meter.work[f"batch {batch}"] = rollout_work(policy, prompts, groups)
-        else:
-            slots = len(prompts[0].ids) + length // 2
-            phases = [prefill_work(policy, prompts), decode_work(policy, batch, length - 1, slots)]
-            meter.work[f"batch {batch}"] = phases
-        meter.counts[f"answer_tokens {batch}"] = [len(c.ids) for group in groups for c in group]
-
-
-def case_act_grammar(args, meter):
-    act(args, meter, "grammar")
-
-
-def case_act_free(args, meter):
-    act(args, meter, "free")
+            for name, (decision, decode) in ways.items():
+                with meter.measure(f"batch {batch} {name}"):
+                    prompts = policy.prompts(images[:batch], questions[:batch])
+                    groups[name] = policy.rollout(prompts, [[decision]] * batch, decode, sample=False,
+                                                  max_new_tokens=length)
+        meter.work[f"batch {batch} FULL"] = [prefill_work(policy, prompts, len(policy.grammar.trunk))]
+        meter.work[f"batch {batch} grammar"] = rollout_work(policy, prompts, groups["grammar"])
+        slots = len(prompts[0].ids) + length // 2
+        meter.work[f"batch {batch} free"] = [prefill_work(policy, prompts),
+                                             decode_work(policy, batch, length - 1, slots)]
+        for name in ("grammar", "free"):
+            meter.counts[f"answer_tokens {batch} {name}"] = [len(c.ids) for group in groups[name] for c in group]
 
 
 CASES = {
@@ -824,7 +816,7 @@ CASES = {
     "reward": case_reward, "reward_release": case_reward_release,
     "update": case_update, "update_repeated": case_update_repeated,
     "step": case_step, "step_trl": case_step_trl,
-    "act_grammar": case_act_grammar, "act_free": case_act_free,
+    "act": case_act,
 }
 
 
@@ -881,20 +873,20 @@ def compare(results):
     parts = [pick(COMPARED[part][0], "median_s") for part in ("rollout", "reward", "update")]
     if all(parts) and pick("step step", "median_s"):
         ratios["step against the sum of the repeated parts"] = {"time": sum(parts) / pick("step step", "median_s")}
-    grammar, free = (results.get(case, {}).get("median_s", {}) for case in ("act_grammar", "act_free"))
-    for part in grammar.keys() & free.keys():
-        ratios[f"free against grammar, {part}"] = {"time": free[part] / grammar[part]}
+    seconds = results.get("act", {}).get("median_s", {})
+    for batch in sorted({part.rsplit(" ", 1)[0] for part in seconds}):
+        full, grammar, free = (seconds[f"{batch} {name}"] for name in ("FULL", "grammar", "free"))
+        found = ratios[f"free against grammar, {batch}"] = {"time": free / grammar}
         # Both read the same prompt; what is left is writing. Noise can make it nothing, and then there is no ratio.
-        writing = [times[part] - grammar[f"{part} FULL"] for times in (free, grammar)]
-        if min(writing) > 0:
-            ratios[f"free against grammar, {part}"]["time_after_prefill"] = writing[0] / writing[1]
+        if min(free, grammar) > full:
+            found["time_after_prefill"] = (free - full) / (grammar - full)
     return dict(sorted(ratios.items()))
 
 
 def table(results, peaks):
     """Lines of the table. "x floor": measured over floor; "of peak": the share of the matrix product's rate (MFU)."""
     heads = ("median s", "a query", "peak GB", "at rest", "TFLOP", "floor s", "x floor", "of peak")
-    yield f"{'case':17} {'part':12} " + " ".join(f"{head:>8}" for head in heads)
+    yield f"{'case':17} {'part':15} " + " ".join(f"{head:>8}" for head in heads)
     for case, result in results.items():
         if "left_out" in result:
             yield f"{case:17} {result['left_out']}"
@@ -906,7 +898,7 @@ def table(results, peaks):
                 operations, least = sum(o for o, _ in work), floor_seconds(work, peaks)
                 cells += [f"{operations / 1e12:8.3f}", f"{least:8.3f}", f"{seconds / least:8.1f}",
                           f"{operations / seconds / peaks['operations_per_s']:8.1%}"]
-            yield f"{case:17} {part:12} " + " ".join(cells)
+            yield f"{case:17} {part:15} " + " ".join(cells)
 
 
 def describe(args):
