@@ -36,7 +36,7 @@ TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
 TABLES := runs/$(RUN)/eval/metrics.json
 
 .DEFAULT_GOAL := help
-.PHONY: help data train eval test mini bench figure card clean
+.PHONY: help data train eval test mini demo bench figure card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ test: $(READY:run.stamp=dev.stamp) ## all tests
 # The stand-ins are shipped and have no file target: a checkout's time stamps would start an hour of training at random.
 mini: | $(READY) ## build the two stand-in models mini/scorer and mini/policy anew
 	$(PY) -m mini.pretrain
+
+demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000
+	$(PY) -m tools.rerank --serve --data data/$(DATASET) --run runs/$(RUN)
 
 bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
 	$(PY) -m tools.bench $(BENCH_FLAGS)
