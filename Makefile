@@ -20,9 +20,26 @@ PRESET ?= $(if $(filter mini/policy,$(POLICY)),mini,paper)
 WORLD_FLAGS ?=
 PREPARE_FLAGS ?=
 TRAIN_FLAGS ?=
-EVAL_FLAGS ?=
+# Tables 8 and two extensions beside the paper's main tables; cheap on the embedded world.
+EVAL_FLAGS ?= $(if $(filter world,$(DATASET)),--retrieval-stage --samples 4 --fuse .5)
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
+REPORT_FLAGS ?=
+# Ablations: readings of r-GRPO and of its reward, each with every seed. READINGS="default rank" SEEDS="0 1" asks for fewer.
+SEEDS ?= 0 1 2
+READINGS ?= default mrr ndcg rank absolute pi nostd group conditional balanced resample plain free
+flags.mrr := --reward-weights 1 0 0 0
+flags.ndcg := --reward-weights .5 .5 0 0
+flags.rank := --reward-weights .333 .333 .334 0
+flags.absolute := --reward absolute
+flags.pi := --decision-weight pi
+flags.nostd := --no-std
+flags.group := --advantage group
+flags.conditional := --advantage conditional
+flags.balanced := --advantage balanced
+flags.resample := --balance resample
+flags.plain := --balance none --advantage group
+flags.free := --decode free
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,11 +52,17 @@ POOLS := data/$(DATASET)/manifest.json
 TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
 TABLES := runs/$(RUN)/eval/metrics.json
 
+ABLATIONS := runs/$(if $(filter-out world,$(DATASET)),$(DATASET)-)ablation
+ABLATED := $(foreach r,$(READINGS),$(SEEDS:%=$(ABLATIONS)/$(r)-seed%/eval/metrics.json))
+# What there is of them, in the order of READINGS; asked when the recipe runs.
+REPORT = $(PY) -m tools.report --run runs/$(RUN) --runs $(patsubst %/eval/metrics.json,%,$(wildcard $(ABLATED))) \
+    --bench $(wildcard bench/*.json) $(REPORT_FLAGS)
+
 .DEFAULT_GOAL := help
-.PHONY: help data train eval test mini demo bench figure card clean
+.PHONY: help data train eval tables ablations report test mini demo bench figure card clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  variables: DATASET=$(DATASET) ROOT=$(ROOT) POLICY=$(POLICY) SCORER=$(SCORER) RUN=$(RUN) SEED=$(SEED)"
 	@echo "             WORLD_FLAGS PREPARE_FLAGS TRAIN_FLAGS EVAL_FLAGS (see each file's --help), PYTHON=$(PYTHON)"
 
@@ -48,6 +71,14 @@ data: $(POOLS) ## raw data -> embeddings -> index -> candidate pools, in data/$(
 train: $(TRAINED) ## r-GRPO, in runs/$(RUN); goes on where a killed run stopped
 
 eval: $(TABLES) ## every method on the test split, and the paper's tables, in runs/$(RUN)/eval
+
+tables: $(TABLES) | $(READY) ## all tables with intervals and tests, as text, Markdown and LaTeX, in runs/$(RUN)/report
+	$(REPORT) --tables-only
+
+ablations: $(ABLATED) ## READINGS x SEEDS, trained and evaluated in $(ABLATIONS); goes on where it was stopped
+
+report: $(TABLES) | $(READY:run.stamp=dev.stamp) ## the tables and one page with plots and pictures: report/report.html
+	$(REPORT)
 
 test: $(READY:run.stamp=dev.stamp) ## all tests
 	$(PY) -m pytest tests $(TEST_FLAGS)
@@ -99,3 +130,10 @@ $(TRAINED): $(POOLS) | $(READY)
 
 $(TABLES): $(TRAINED) | $(READY)
 	$(PY) evaluate.py --data data/$(DATASET) --run runs/$(RUN) --split test $(EVAL_FLAGS)
+
+# One pattern for all of Table 5: runs/ablation/<reading>-seed<k>. The two words of the stem name flags and seed.
+$(ABLATED): $(ABLATIONS)/%/eval/metrics.json: $(POOLS) | $(READY)
+	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) \
+	    --run $(ABLATIONS)/$* --seed $(lastword $(subst -seed, ,$*)) \
+	    $(if $(wildcard $(ABLATIONS)/$*/state.pt),--resume) $(TRAIN_FLAGS) $(flags.$(firstword $(subst -seed, ,$*)))
+	$(PY) evaluate.py --data data/$(DATASET) --run $(ABLATIONS)/$* --split test --methods full,policy --sheet 0

@@ -971,7 +971,9 @@ class Policy:
                 draft.add_template(grammar.prefix)
                 draft.add_decision(token, pair, values[token], forced=entry is not None)
                 draft.add_template(grammar.full_tail if token == grammar.full else grammar.spans[0])
-                draft.p_region = math.exp(values[grammar.region])
+                # exp alone would be 1 from .99999997 on; 1 - p(FULL) tells the surest queries apart (thresholds do).
+                full, region = values[grammar.full], values[grammar.region]
+                draft.p_region = math.exp(region) if region < full else -math.expm1(full)
                 # All of it was prefilled, so nothing is waiting. FULL is complete; REGION takes a copy of row b.
                 draft.done, draft.waiting = token == grammar.full, []
                 index += [] if draft.done else [b]

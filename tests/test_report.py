@@ -1,0 +1,626 @@
+"""tools/report.py: statistics against slow obvious loops and closed forms, tables by hand, a page that runs nothing.
+
+The run that the page is made from is drawn here: 24 queries about 8 entities (three each), K = 4, random scores. Its
+titles, questions and names hold tags and quotes, as those of real data may.
+"""
+
+import argparse
+import base64
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rewards import metrics, summary
+from scorer import POOL_VERSION, Query, write_array, write_json, write_pool
+from tools import report
+
+EVIL = """<script>alert(1)</script> & "quoted" 'too' | $x_1$ \\"""
+Q, K, E = 24, 4, 8
+
+
+# ------------------------------------------------------------------------------------------------ a run, drawn by hand
+
+def write_data(folder):
+    """A prepared data folder with pictures: 8 entities of one colour each, 24 queries, three about each entity."""
+    (folder / "raw").mkdir(parents=True)
+    data = folder / "data"
+    data.mkdir()
+    for j in range(E):
+        Image.new("RGB", (20, 12), (30 * j, 255 - 30 * j, 90)).save(folder / "raw" / f"{j}.png")
+    with open(data / "kb.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"entity_id": f"u{j}", "title": f"{EVIL}\x1b\ud800\n {j}", "text": "",
+                                    "images": [f"{j}.png"]}) + "\n" for j in range(E))
+    for name, array in (("kb_image", np.ones((E, 2), np.float16)), ("kb_text", np.ones((E, 2), np.float16)),
+                        ("kb_entity", np.arange(E, dtype=np.int32)), ("test_full", np.ones((Q, 2), np.float16))):
+        write_array(str(data / f"{name}.npy"), array)
+    queries = []
+    for i in range(Q):
+        pool = [(i % E + k) % E for k in range(K)]
+        # Every sixth pool holds no positive: a miss, which MRR counts as 0 and CondR@k leaves out.
+        labels = [0] * K if i % 6 == 5 else [0, 0, 1, 0]
+        queries.append(Query(f"q{i}{EVIL}", f"{i % E}.png", f"What {EVIL} is {i}?", pool, pool, labels,
+                             [.9, .8, .7, .6], [f"u{(i % E + 2) % E}"]))
+    write_pool(str(data / "test.jsonl"), queries)
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in data.iterdir()}
+    write_json(str(data / "manifest.json"), {
+        "version": POOL_VERSION, "dataset": "world", "root": "../raw", "args": {}, "scorer": "tiny@1", "K": K, "dim": 2,
+        "scorer_name": "tiny", "splits": {"test": {}}, "kb": {"kept": E, "images": E}, "files": files})
+    return queries
+
+
+def rows_of(queries, rng, crops=0.0, lift=0.0):
+    """Rows of a method that crops a share of the queries and lifts the positives' scores by `lift` on average."""
+    rows = []
+    for i, query in enumerate(queries):
+        region = bool(rng.random() < crops)
+        scores = rng.normal(.5, .1, K) + lift * np.array(query.labels) * (region or lift < 0)
+        rows.append({"query_id": query.query_id, "question": query.question, "image": query.image, "kind": None,
+                     "positives": query.positives, "decision": "REGION" if region else "FULL",
+                     "box": [2.0, 1.0, 15.0, 11.0] if region else None, "p_region": .9 if region else .1,
+                     "scores": [float(s) for s in scores], "labels": query.labels, "rank": 0, "full_rank": 0,
+                     "iou": .5 + i / 100 if region else None, "containment": float(i % 2) if region else None,
+                     "seconds": .25, "encodes": int(region), "unreadable": False})
+    return rows
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_run(folder, queries, name="a run & more"):
+    """runs/<name> with all files of an evaluated run; returns its folder."""
+    run, rng = folder / "runs" / name, np.random.default_rng(0)
+    full = rows_of(queries, rng)
+    kinds = {"full": (0, 0), "random": (1, -.2), "center": (1, -.1), "zeroshot": (.2, .1), "always": (1, .1),
+             "policy": (.6, .4), "policy+fuse": (.6, .4), "oracle": (.8, .5), "full@clip": (0, 0),
+             "policy@clip": (.6, .4)}
+    for method, (crops, lift) in kinds.items():
+        rows = full if method == "full" else rows_of(queries, rng, crops, lift)
+        if crops < 1:  # what is not cropped is seen as the full image
+            rows = [row if row["decision"] == "REGION" else {**row, "scores": f["scores"]}
+                    for row, f in zip(rows, full)]
+        write_rows(run / "eval" / f"test.{method}.jsonl", rows)
+    point = {"threshold": .5, "crop_rate": .5, "MRR": .6, "CondR@1": .7}
+    write_json(str(run / "eval" / "metrics.json"), {
+        "data": str(folder / "data"), "run": str(run), "split": "test", "scorer": "tiny@1", "gap_closed": .9,
+        "methods": dict.fromkeys(m for m in kinds if "@" not in m), "test_scorers": {"clip": {}},
+        "curve": {"policy": [point, {**point, "crop_rate": 1.0}], "zeroshot": [point], "oracle": point},
+        "retrieval_stage": {"K": K}, "judge": {"model": "a judge", "n": 9, "rate": .75}})
+    for view in ("full", "policy"):
+        write_rows(run / "eval" / "retrieval" / f"test.{view}.jsonl", full)
+    write_json(str(run / "config.json"), {"policy": "mini/policy", "args": {
+        "seed": 0, "balance": "force", "reward_weights": [.2, .2, .2, .4]}})
+    write_rows(run / "log.jsonl", [{"step": i, "reward": i / 30, "reward_full": .5, "reward_region": .1, "p_region": .4,
+                                    "kl": 0.0, "grad_norm": 1.0, **({"val_mrr": .5} if i % 10 == 9 else {})}
+                                   for i in range(30)])
+    return run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, queries, run folder), never changed by a test."""
+    folder = tmp_path_factory.mktemp("report")
+    queries = write_data(folder)
+    return folder, queries, write_run(folder, queries)
+
+
+def study_of(values, clusters=None, config=None, resamples=2000, **result):
+    """A Study around {method: {measure: values}}, resampled, without any file."""
+    values = {name: {m: np.asarray(v, dtype=np.float64) for m, v in found.items()} for name, found in values.items()}
+    size = len(next(iter(next(iter(values.values())).values())))
+    study = report.Study(argparse.Namespace(resamples=resamples, seed=0, split="test", examples=2), result,
+                         config or {}, [], {}, values, np.arange(size) if clusters is None else np.asarray(clusters))
+    report.resample(study)
+    return study
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+def test_bootstrap_equals_the_slow_loop():
+    """The matrix product against samples that are built: draw entities, join their queries, take the mean."""
+    rng = np.random.default_rng(1)
+    clusters = np.array([0, 0, 0, 1, 2, 2, 3])
+    values = rng.normal(size=(7, 2))
+    values[4, 1] = np.nan
+    found = report.bootstrap(values, clusters, 700, seed=5)
+    draws, slow = np.random.default_rng(5), []
+    for size in (report.BLOCK, 700 - report.BLOCK):
+        for counts in draws.multinomial(4, np.full(4, 1 / 4), size):
+            drawn = [i for c, n in enumerate(counts) for _ in range(n) for i in np.flatnonzero(clusters == c)]
+            slow.append([np.nanmean(values[drawn, v]) if (~np.isnan(values[drawn, v])).any() else np.nan
+                         for v in range(2)])
+    np.testing.assert_allclose(found, slow, rtol=1e-12)
+
+
+def test_bootstrap_has_the_closed_form_variance():
+    """Over entities of equal size, the variance of the resampled mean is that of the entities' means over their number.
+
+    Entity means 0, 1, 2, 3: variance 1.25, over 4 entities .3125. 20,000 resamples know it to about 1 %.
+    """
+    values = np.repeat([0.0, 1, 2, 3], 5)[:, None]
+    found = report.bootstrap(values, np.repeat(np.arange(4), 5), 20000)
+    assert found.mean() == pytest.approx(1.5, abs=.02)
+    assert found.var() == pytest.approx(.3125, rel=.04)
+
+
+def test_the_entity_is_resampled_and_not_the_query():
+    """Forty queries that repeat what ten entities say know no more than ten queries: the same interval."""
+    values = np.random.default_rng(2).normal(size=10)
+    ten = report.bootstrap(values[:, None], np.arange(10), 500)
+    forty = report.bootstrap(np.repeat(values, 4)[:, None], np.repeat(np.arange(10), 4), 500)
+    np.testing.assert_allclose(forty, ten, rtol=1e-12)
+
+
+def test_interval():
+    """Percentiles of 0 ... 1000 at 2.5 % and 97.5 % are 25 and 975; NaN resamples are left out."""
+    assert report.interval(np.append(np.arange(1001.0), np.nan)) == pytest.approx((25, 975))
+    assert report.interval(np.array([np.nan])) is None
+
+
+@pytest.mark.parametrize("sums", [[3, 1, -1, 2, .5, 4, 1, -2], [1] * 8, [1, -1, 2, -2, .5, -.5, 3, 1]])
+def test_flips_equal_the_enumeration(sums):
+    """All 2^8 signs of eight entities against 20,000 drawn ones; the standard error is at most .0035.
+
+    Each entity's sum is spread over two queries, one of them of opposite sign: single queries would give another p.
+    """
+    totals = np.array(sums)
+    exact = np.mean([abs(np.dot(signs, totals)) >= abs(totals.sum()) - 1e-9
+                     for signs in itertools.product((-1, 1), repeat=8)])
+    values = np.stack([totals + 5, np.full(8, -5.0)], axis=1).ravel()[:, None]  # [16, 1]
+    found = report.flip_p(values, np.repeat(np.arange(8), 2), 20000, seed=3)[0]
+    assert found == pytest.approx(exact, abs=.015)
+
+
+def test_flips_of_nothing_and_of_ties():
+    """No difference: every flip is as extreme, p = 1. So for 0, .9, -.9, .1: no signs make less than .1 of them.
+
+    In floating point half of the flips come out at .09999999999999998.
+    """
+    values = np.array([[0, 0], [0, .9], [0, -.9], [0, .1], [np.nan, np.nan]])
+    assert report.flip_p(values, np.arange(5), 1000).tolist() == [1, 1]
+
+
+def test_p_is_never_zero():
+    """Thirty equal differences: 2 of 2^30 flips are as extreme, so (nearly surely) none of 999: p = 1 / 1000."""
+    assert report.flip_p(np.ones((30, 1)), np.arange(30), 999)[0] == 1 / 1000
+
+
+def test_holm_by_hand():
+    """.005 x 4 = .02, .01 x 3 = .03, .03 x 2 = .06, .04 x 1 = .04 but never below .06."""
+    assert report.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02])
+    assert report.holm([.5, .9]).tolist() == [1, 1]
+    assert report.holm([]).size == 0
+
+
+def test_effect_by_hand():
+    """1, 2, 3: mean 2, standard deviation 1 (n - 1), d_z 2."""
+    assert report.effect(np.array([1, 2, 3, np.nan])) == (2, 2, 3)
+    assert report.effect(np.array([1.0, 1])) == (1, None, 2)
+    assert report.effect(np.array([np.nan])) == (None, None, 0)
+
+
+def test_compare_is_paired():
+    """b = a + .1 with a all over the place: unpaired nobody could tell, paired the interval is one point."""
+    a = np.random.default_rng(0).normal(size=30)
+    row, = report.compare(study_of({"a": {"MRR": a}, "b": {"MRR": a + .1}}), [("b", "a", "MRR")])
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((.1, .1, .1))
+    assert row["p"] < .01 and row["n"] == 30
+
+
+# ------------------------------------------------------------------------------------------------------ rows, measures
+
+def test_measures_by_hand():
+    """Four queries, K = 3, the second candidate is the positive (the fourth pool has none).
+
+              full image                      this method
+        q0    .1 .9 .2: rank 1, margin .7     REGION .5 .4 .1: rank 2, margin -.1    hurt
+        q1    .9 .5 .7: rank 3, margin -.4    REGION .1 .5 .2: rank 1, margin .3     help
+        q2    .9 .5 .1: rank 2, margin -.4    MALFORMED, as the full image           same
+        q3    no positive                     FULL
+    """
+    def row(scores, decision="FULL", labels=(0, 1, 0), **more):
+        return {"scores": scores, "labels": list(labels), "decision": decision, **more}
+    full = [row([.1, .9, .2]), row([.9, .5, .7]), row([.9, .5, .1]), row([.3, .2, .1], labels=(0, 0, 0))]
+    rows = [row([.5, .4, .1], "REGION", iou=.5, containment=1), row([.1, .5, .2], "REGION", iou=None),
+            row([.9, .5, .1], "MALFORMED"), row([.3, .2, .1], labels=(0, 0, 0))]
+    found, nan = report.measures(rows, full), np.nan
+    expected = {"MRR": [.5, 1, .5, 0], "R@1": [0, 1, 0, 0], "CondR@1": [0, 1, 0, nan], "crop": [1, 1, 0, 0],
+                "bad": [0, 0, 1, 0], "crop =1": [1, nan, nan, nan], "hurt =1": [1, nan, nan, nan],
+                "crop >1": [nan, 1, 0, nan], "help >1": [nan, 1, 0, nan], "hurt >1": [nan, 0, 0, nan],
+                "same >1": [nan, 0, 1, nan], "margin": [-.1, .3, -.4, nan], "margin gain": [-.8, .7, 0, nan],
+                "iou": [.5, nan, nan, nan], "containment": [1, nan, nan, nan], "rank": [2, 1, 2, 4]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, err_msg=name, atol=1e-12)
+
+
+def test_means_equal_the_leaf(world):
+    """Every mean of the tables equals that of rewards.summary over the same rows."""
+    _, _, run = world
+    study = report.open_study(report.parse_args(["--run", str(run)]))
+    for name, rows in study.rows.items():
+        leaf = summary(metrics([r["scores"] for r in rows], [r["labels"] for r in rows]))
+        for measure, value in leaf.items():
+            assert report.mean(study.values[name][measure]) == pytest.approx(value)
+
+
+def test_entities():
+    """By the first positive; a query without one is an entity of its own."""
+    rows = [{"positives": p, "query_id": i} for i, p in enumerate([["b", "a"], ["a"], [], ["b"], []])]
+    found = report.entities(rows)
+    assert found[0] == found[3] and len(set(found.tolist())) == 4 and sorted(set(found.tolist())) == [0, 1, 2, 3]
+
+
+def copy_run(world, tmp_path):
+    _, queries, _ = world
+    return write_run(tmp_path, queries), queries
+
+
+def test_rows_that_are_refused(world, tmp_path):
+    run, queries = copy_run(world, tmp_path)
+    path = run / "eval" / "test.policy.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    read = lambda: report.read_rows(str(run / "eval"), "test")  # noqa: E731
+    assert list(read()) == ["full", "random", "center", "zeroshot", "always", "policy", "oracle", "policy+fuse",
+                            "full@clip", "policy@clip"]
+    write_rows(path, [{k: v for k, v in rows[0].items() if k != "positives"}] + rows[1:])
+    with pytest.raises(ValueError, match="test.policy.jsonl:1: no field positives; run evaluate.py again"):
+        read()
+    write_rows(path, rows[:-1])
+    with pytest.raises(ValueError, match="has 23 rows, .* 24"):
+        read()
+    write_rows(path, [rows[1], rows[0], *rows[2:]])
+    with pytest.raises(ValueError, match="test.policy.jsonl:1: .*different pools"):
+        read()
+    path.write_text(json.dumps(rows[0]) + "\n{cut", encoding="utf-8")
+    with pytest.raises(ValueError, match="test.policy.jsonl:2: not JSON"):
+        read()
+    (run / "eval" / "test.full.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="test.full.jsonl is missing: run evaluate.py"):
+        read()
+
+
+def test_what_main_refuses(world, tmp_path):
+    run, _ = copy_run(world, tmp_path)
+    with pytest.raises(SystemExit, match="metrics.json is missing: run `python evaluate.py --run"):
+        report.main(["--run", str(tmp_path / "none")])
+    result = json.loads((run / "eval" / "metrics.json").read_text())
+    write_json(str(run / "eval" / "metrics.json"), {**result, "split": "val"})
+    with pytest.raises(SystemExit, match="is of split 'val', not 'test'"):
+        report.main(["--run", str(run)])
+
+
+def test_rows_of_an_earlier_evaluation_are_left_out():
+    rows = {name: [] for name in ("full", "center", "policy", "truth", "policy@clip", "policy@old", "policy+fuse")}
+    kept, old = report.drop_old(rows, {"methods": {"policy": {}}, "truth_box": {}, "test_scorers": {"clip": {}}})
+    assert list(kept) == ["full", "policy", "truth", "policy@clip"] and old == ["center", "policy@old", "policy+fuse"]
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+@pytest.mark.parametrize("numbers, slack, verdict", [
+    ((.1, .05, .15, .01), 0, "holds"), ((-.1, -.15, -.05, .01), 0, "does not hold"),
+    ((.1, .05, .15, .06), 0, "cannot be told"), ((None, None, None, None), 0, "cannot be told"),
+    ((.0, -.005, .005, .9), .01, "holds"), ((-.005, -.03, .02, .9), .01, "cannot be told"),
+    ((-.1, -.15, -.05, .01), .01, "does not hold"), ((-.004, -.006, -.002, .01), .01, "holds"),
+    ((.1, .05, .15, None), 0, "cannot be told"),
+])
+def test_verdict(numbers, slack, verdict):
+    claim = report.Claim("", "MRR", slack=slack)
+    claim.difference, claim.low, claim.high, claim.p_holm = numbers
+    assert claim.verdict == verdict
+
+
+def paper_like(size=60, **changes):
+    """Values of every method in the paper's order, a clear step apart, with noise; the policy crops where it must."""
+    rng, right = np.random.default_rng(0), np.arange(size) % 2 == 0
+    values = {}
+    for place, name in enumerate(("random", "center", "full", "zeroshot", "always", "policy", "oracle")):
+        level = .1 * place + rng.normal(0, .02, size)
+        only = lambda where, what: np.where(where, what, np.nan)  # noqa: E731
+        needed = 1.0 * ~right if name == "policy" else rng.integers(0, 2, size) * 1.0
+        values[name] = {"MRR": level, "CondR@1": level, "crop =1": only(right, needed), "crop >1": only(~right, needed),
+                        "hurt =1": only(right, needed), "help >1": only(~right, needed)}
+    for name, shift in changes.items():
+        values[name]["MRR"] = values[name]["MRR"] + shift
+    return values
+
+
+def verdicts(study):
+    return {claim.text: claim.verdict for claim in report.claims(study)}
+
+
+def test_claims_hold_where_they_do():
+    found = report.claims(study_of(paper_like()))
+    assert len(found) == 13
+    assert {claim.verdict for claim in found[:11]} == {"holds"}
+    assert [claim.verdict for claim in found[11:]] == ["cannot be told"] * 2  # nothing to tell margin and retrieval by
+    assert all("make ablations" in c.note or "--retrieval-stage" in c.note for c in found[11:])
+    assert all(claim.p_holm >= claim.p for claim in found[:11])
+
+
+def test_claims_fail_where_they_do():
+    """The policy below everything: what it should be above does not hold, what it does not touch still does."""
+    found = verdicts(study_of(paper_like(policy=-1)))
+    assert found["zero-shot < learned"] == "does not hold" and found["learned < oracle"] == "holds"
+    assert found["random < center"] == "holds"
+    values = paper_like()
+    del values["zeroshot"]
+    claim = report.claims(study_of(values))[3]
+    assert claim.verdict == "cannot be told" and claim.note == "no rows of zeroshot"
+
+
+def test_crop_rate_that_ignores_need():
+    values = paper_like()
+    values["policy"]["crop =1"], values["policy"]["crop >1"] = (values["policy"][f"crop {g}"][::-1].copy()
+                                                               for g in (">1", "=1"))
+    assert verdicts(study_of(values))["crop rate follows need: full image right < full image wrong"] == "does not hold"
+
+
+def ablation(name, seed, mrr, weights=(.2, .2, .2, .4), **args):
+    size = len(mrr)
+    values = {"MRR": np.asarray(mrr), "CondR@1": np.asarray(mrr), "crop": np.ones(size), "margin": np.zeros(size),
+              **{m: np.full(size, .5) for m in ("crop =1", "crop >1", "iou", "bad")}}
+    return report.Ablation(name, seed, {"seed": seed, "reward_weights": list(weights), **args}, values)
+
+
+def margin_study(without, with_term=(.61, .60, .62)):
+    study = study_of(paper_like(), config={"args": {"seed": 0, "reward_weights": [.2, .2, .2, .4]}})
+    noise = np.random.default_rng(0).normal(0, .05, 60)
+    study.ablations = ([ablation("default", s, m + noise) for s, m in enumerate(with_term)]
+                       + [ablation("rank", s, m + noise, (.3, .3, .4, 0)) for s, m in enumerate(without)]
+                       + [ablation("mrr", 0, noise, (1, 0, 0, 0)), ablation("free", 0, noise, decode="free")])
+    return study
+
+
+def test_margin_claim():
+    """With: mean .61; without: .51, all seeds below. A variant with one term alone is not what `without` means."""
+    study = margin_study((.50, .51, .52))
+    with_term, without = report.margin_runs(study)
+    assert [a.reading for a in with_term] == ["default"] * 3 and [a.reading for a in without] == ["rank"] * 3
+    claim = report.claims(study)[11]
+    assert claim.verdict == "holds" and claim.difference == pytest.approx(.10)
+    # .605 without is within .60 to .62 with: the queries are sure and the seeds are not.
+    claim = report.claims(margin_study((.50, .51, .605)))[11]
+    assert claim.verdict == "cannot be told" and claim.p < .05 and claim.note.endswith("the seeds overlap")
+    assert report.claims(margin_study((.70, .71, .72)))[11].verdict == "does not hold"
+    claim = report.claims(margin_study((.50, .51, .52), with_term=(.61,)))[11]
+    assert claim.verdict == "cannot be told" and claim.note.endswith("too few seeds")
+
+
+def test_retrieval_claim():
+    """R@20 of 40 queries: the crop loses 10 of 20 hits, mean difference 10 / 40; the other way round it helps."""
+    full, cropped = np.repeat([1.0, 0], [20, 20]), np.repeat([1.0, 0], [10, 30])
+    study = study_of(paper_like(40))
+    study.retrieved = {"full": {"R@20": full}, "policy": {"R@20": cropped}}
+    claim = report.retrieval_claim(study)
+    assert claim.verdict == "holds" and claim.difference == pytest.approx(.25) and claim.n == 40 and claim.p < .05
+    study.retrieved = {"full": {"R@20": cropped}, "policy": {"R@20": full}}
+    assert report.retrieval_claim(study).verdict == "does not hold"
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+def test_ablation_table_by_hand():
+    """MRR .5, .6, .7: mean .6, standard deviation .1; the row says in what it differs."""
+    study = study_of(paper_like(), config={"args": {"seed": 0, "reward_weights": [.2, .2, .2, .4], "balance": "force"}})
+    study.ablations = [ablation("plain", s, np.full(3, m), balance="none") for s, m in enumerate((.5, .6, .7))]
+    study.ablations.append(ablation("default", 0, np.full(3, .8), balance="force"))
+    rows = report.ablation_table(study).rows
+    assert rows[0][:4] == ["plain", "3", "0.600 ± 0.100", "0.600 ± 0.100"] and rows[0][-1] == "balance none"
+    assert rows[1][:3] == ["default", "1", "0.800"] and rows[1][-1] == "as this run"
+
+
+def test_cost_table_by_hand():
+    """4 s for a batch of 8 is .5 s a query, 2 queries a second; 3e9 bytes are 3000 MB."""
+    study = study_of(paper_like())
+    study.bench = {"gpu.json": {"machine": {"device": "H100"}, "cases": {"act": {
+        "median_s": {"batch 8 grammar": 4.0}, "peak_bytes": {"batch 8 grammar": 3e9}}}}}
+    assert report.cost_table(study).rows == [["gpu", "H100", "grammar", "8", "0.500", "2.00", "3000"]]
+
+
+def test_behaviour_table_by_hand():
+    found = {"crop =1": [1, 0, np.nan], "help =1": [0, 0, np.nan], "hurt =1": [1, 0, np.nan],
+             "same =1": [0, 1, np.nan], **{f"{fact} >1": [np.nan] * 3 for fact in ("crop", "help", "hurt", "same")}}
+    first, second = report.behaviour_table(study_of({"policy": found}, clusters=[0, 0, 1])).rows
+    # Queries 0 and 1 are of one entity: every resample that has it has both, and the interval is a point.
+    assert first == ["learned policy, rank 1", "2", "50.0 [50.0, 50.0]", "0.0 [0.0, 0.0]", "50.0 [50.0, 50.0]", "50.0"]
+    assert second == ["learned policy, rank > 1", "0", "- -", "- -", "- -", "-"]
+
+
+def test_table_as_text_markdown_latex():
+    table = report.Table("t", "Title", ["name", "n"], [["a|b <i>&_%", "1.0"], ["c\n^~\\", "22"]], "See 5 %.")
+    assert report.as_text(dataclasses.replace(table, rows=[["ab", "1.0"]])).splitlines() == [
+        "Title", "name    n", "---------", "ab    1.0"]
+    assert report.plain("a\x1b[31m\ud800\tb\nc") == "a [31m b c"
+    assert report.as_markdown(table).splitlines() == [
+        "**Title.** See 5 %.", "", "| name | n |", "|---|---:|", "| a\\|b &lt;i&gt;&amp;_% | 1.0 |", "| c ^~\\ | 22 |"]
+    latex = report.as_latex(table)
+    assert r"a$|$b $<$i$>$\&\_\% & 1.0 \\" in latex
+    assert r"c \textasciicircum{}\textasciitilde{}\textbackslash{}" in latex
+    assert r"\begin{tabular}{lr}" in latex and r"See 5 \%." in latex
+
+
+def test_num_and_p():
+    assert [report.num(v) for v in (None, np.nan, .12345)] == ["-", "-", "0.123"]
+    assert report.num(.5, 1, 100, sign=True) == "+50.0"
+    assert [report.p_text(p) for p in (None, .0001, .0123)] == ["-", "< 0.001", "0.012"]
+
+
+def test_labels():
+    assert [report.label(n) for n in ("policy", "policy+best4", "full@clip", "EchoSight")] == [
+        "learned policy", "learned policy + best4", "full image, clip", "EchoSight"]
+
+
+def test_pick_by_hand():
+    """q0 fixed by a crop, q1 kept where the crop would have lost, q2 kept where it would not, q3 harmed, q4 still
+    wrong, q5 has no positive."""
+    def values(rank, crop=(1, 0, 0, 1, 0, 1)):
+        return {"rank": rank, "crop": crop, "CondR@1": [0, 0, 0, 0, 0, np.nan]}
+    study = study_of({"full": values([3, 1, 1, 1, 2, 5]), "policy": values([1, 1, 1, 2, 2, 5]),
+                      "always": values([1, 4, 1, 2, 3, 5])})
+    assert [chosen for _, chosen in report.pick(study, 2)] == [[0], [1], [3], [4]]
+    assert report.pick(study, 2)[1][0].endswith("first place: 1 of 5")
+    many = study_of({"full": values([3] * 6, [1] * 6), "policy": values([1] * 6, [1] * 6)})
+    assert report.pick(many, 2)[0][1] == [0, 2]  # evenly spaced over the five, not the first two
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+class Reader(HTMLParser):
+    """What a browser would do with the page: tags must close in order; nothing runs, nothing is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.images, self.text, self.links, self.anchors = [], [], [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.append(tag)
+        assert not [name for name in given if name.startswith("on")], given
+        if tag == "img":
+            self.images.append(given)
+        self.links += [given["href"]] if "href" in given else []
+        self.anchors += [given["id"]] if "id" in given else []
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(world, tmp_path_factory):
+    """report/ of the drawn run with two ablations and a bench file: (out folder, page, reader)."""
+    folder, queries, run = world
+    rng, runs = np.random.default_rng(7), []
+    for name, weights in (("plain-seed1", [.2, .2, .2, .4]), ("nomargin-seed0", [.3, .3, .4, 0])):
+        runs.append(folder / "runs" / "ablation" / name)
+        write_rows(runs[-1] / "eval" / "test.policy.jsonl", rows_of(queries, rng, .5, .3))
+        write_json(str(runs[-1] / "eval" / "metrics.json"), {})
+        write_json(str(runs[-1] / "config.json"), {"args": {"seed": int(name[-1]), "balance": "force",
+                                                            "reward_weights": weights}})
+    bench = folder / "gpu.json"
+    write_json(str(bench), {"cases": {"act": {"median_s": {"batch 1 free": 1.0}, "peak_bytes": {"batch 1 free": 1e6}}}})
+    out = tmp_path_factory.mktemp("out")
+    report.main(["--run", str(run), "--out", str(out), "--resamples", "200", "--bench", str(bench), "--examples", "1",
+                 "--runs", *map(str, runs), str(folder / "runs" / "ablation" / "unfinished-seed0")])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(page)
+    return out, page, reader
+
+
+def test_page_is_whole(written):
+    out, page, reader = written
+    assert reader.open == [] and reader.tags.count("main") == 1
+    assert all(link.startswith("#") and link[1:] in reader.anchors for link in reader.links) and len(reader.links) > 12
+    wanted = {"claims", "table1", "table2", "tests", "table3", "table4", "curve", "extensions", "table5", "figure2",
+              "table6", "table7", "table8", "table9", "training", "run"}
+    assert wanted == set(reader.anchors)
+    for image in reader.images:  # every picture is in the page, can be decoded, and says what it shows
+        head, _, content = image["src"].partition(";base64,")
+        assert head in ("data:image/png", "data:image/jpeg") and image["alt"]
+        Image.open(io.BytesIO(base64.b64decode(content))).load()
+    assert {path.stem for path in out.glob("*.png")} <= set(report.PICTURES)  # or the next report leaves it behind
+    text = "".join(reader.text)
+    assert "unfinished-seed0 is not in Table 5" in text and "nomargin" in text and "gpu" in text
+    assert {"tables.txt", "tables.md", "table1.tex", "table5.tex", "claims.tex", "figure2.png",
+            "figure2_without.png", "table4_wrong.png", "curve_mrr.png", "training_reward.png"} <= {
+                path.name for path in out.iterdir()}
+
+
+def test_page_runs_and_loads_nothing(written):
+    """Titles, questions, ids and the run's own name hold tags and quotes; all of it stays text."""
+    _, page, reader = written
+    assert not {"script", "link", "iframe", "object", "form", "base", "svg"} & set(reader.tags)
+    assert "http" not in page and "url(" not in page and "@import" not in page
+    text = " ".join("".join(reader.text).split())
+    assert " ".join(f"What {EVIL} is".split()) in text and "Region-R1: a run & more" in text
+    titles = [image["alt"] for image in reader.images if image["alt"].startswith("positive")]
+    assert titles and all("<script>alert(1)</script> & \"quoted\" 'too'" in title for title in titles)
+
+
+def test_markdown_and_latex_are_safe_too(written):
+    out, _, _ = written
+    assert "<script>" not in (out / "tables.md").read_text(encoding="utf-8")
+    body = (out / "table3.tex").read_text(encoding="utf-8")
+    assert r"\$x\_1\$" in body and r"\textbackslash{}" in body
+
+
+def test_report_json_holds_the_numbers(written, world):
+    out, _, _ = written
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    rows = report.read_lines(str(world[2] / "eval" / "test.policy.jsonl"))
+    leaf = summary(metrics([r["scores"] for r in rows], [r["labels"] for r in rows]))
+    policy = found["means"]["policy"]
+    assert policy["MRR"]["mean"] == pytest.approx(leaf["MRR"]) and policy["MRR"]["n"] == Q
+    assert policy["CondR@1"]["n"] == Q - 4  # four pools without a positive: 5, 11, 17, 23
+    low, high = policy["MRR"]["interval"]
+    assert low < leaf["MRR"] < high
+    assert (found["queries"], found["entities"]) == (Q, E) and len(found["claims"]) == 13
+    assert {claim["verdict"] for claim in found["claims"]} <= {"holds", "does not hold", "cannot be told"}
+    full, policy, oracle = (found["means"][name]["CondR@1"]["mean"] for name in ("full", "policy", "oracle"))
+    assert f"<b>{(policy - full) / (oracle - full):.0%}".replace("%", " %") in written[1]
+
+
+def test_same_rows_same_bytes(world, tmp_path):
+    """And nothing of an earlier report stays beside it: it would pass for this one's."""
+    (tmp_path / "two").mkdir()
+    for name in ("table5.tex", "figure2_without.png", "mine.png"):  # of an earlier report, and of somebody else
+        (tmp_path / "two" / name).touch()
+    for name in ("one", "two"):
+        report.main(["--run", str(world[2]), "--out", str(tmp_path / name), "--resamples", "100", "--examples", "1"])
+    assert not (tmp_path / "two" / "table5.tex").exists() and (tmp_path / "two" / "mine.png").exists()
+    assert not (tmp_path / "two" / "figure2_without.png").exists()
+    for file in ("report.html", "report.json", "tables.txt", "figure2.png"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_without_matplotlib(world, tmp_path, monkeypatch, capsys):
+    """It is no run-time package: the tables do without it, and the page says what is missing."""
+    def missing(name):
+        raise ModuleNotFoundError(name)
+    monkeypatch.setattr(importlib, "import_module", missing)
+    arguments = ["--run", str(world[2]), "--out", str(tmp_path), "--resamples", "100"]
+    with pytest.raises(SystemExit, match="plots need matplotlib: pip install -r requirements-dev.txt, or give --tab"):
+        report.main(arguments)
+    report.main([*arguments, "--tables-only"])
+    assert "Table 1. Re-ranking" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "report.html").exists()
+    assert (tmp_path / "tables.md").exists()
+
+
+def test_without_data_and_with_a_lost_picture(world, tmp_path):
+    """No data folder: no pictures, and the reason stands on the page. A lost picture costs its own query alone."""
+    queries = write_data(tmp_path / "moved")
+    run = write_run(tmp_path / "moved", queries)
+    for path in (tmp_path / "moved" / "raw").iterdir():
+        if path.name != "0.png":
+            path.unlink()
+    report.main(["--run", str(run), "--resamples", "100"])
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("is missing, needed by") + page.count(".png is missing<") >= 1 and "data:image/jpeg" not in page
+    (tmp_path / "moved" / "data" / "manifest.json").unlink()
+    report.main(["--run", str(run), "--resamples", "100"])
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert "no pictures and titles:" in page and "data:image/jpeg" not in page and "candidate 3" in page
+
+
+def test_marked_box_is_where_the_box_is():
+    """Box (4, 2, 10, 8), exclusive: the line is light at column 4 and at column 9, and column 10 is untouched."""
+    image = Image.new("RGB", (20, 12), (10, 20, 30))
+    shown = report.marked(image, (4.0, 2.0, 10.0, 8.0))
+    assert shown.getpixel((4, 5)) == shown.getpixel((9, 5)) == shown.getpixel((6, 7)) == (255, 200, 0)
+    assert shown.getpixel((10, 5)) == shown.getpixel((3, 5)) == shown.getpixel((6, 8)) == (10, 20, 30)
+    assert image.getpixel((4, 5)) == (10, 20, 30)  # the caller's image stays
