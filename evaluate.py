@@ -49,7 +49,9 @@ from tqdm import tqdm
 
 from policy import Action, load_policy
 from rewards import metrics, summary
-from scorer import crop, fuse, load_data, load_scorer, normalise, read_image, replacing, scores, write_json
+from scorer import (
+    crop, fuse, image_size, load_data, load_scorer, normalise, read_image, replacing, scores, write_json,
+)
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
 NEED_ADAPTER = ("random", "always", "policy")
@@ -254,10 +256,7 @@ class Images:
 
     def size(self, i):
         """(w, h) of query i's image in pixels, from the file's header alone, or None."""
-        def look():
-            with Image.open(self.data.image_path(i)) as image:
-                return image.size
-        return self._try(i, look)
+        return self._try(i, lambda: image_size(self.data.image_path(i)))
 
     def _try(self, i, read):
         if i in self.unreadable:  # once unreadable, always: all methods must treat the row alike

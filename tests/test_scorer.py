@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -259,15 +260,15 @@ def test_load_names_what_is_wrong(tmp_path, folder):
         S.EvaClip.load(broken(lambda copy: (copy / "model.safetensors").unlink()))
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         S.EvaClip.load(broken(lambda copy: (copy / "config.json").unlink()))
-    with pytest.raises(ValueError, match="model_type 'clip' is not 'eva_clip'"):
+    with pytest.raises(ValueError, match="model_type 'clip', and neither 'vision_config'"):
         S.EvaClip.load(broken(config(lambda c: c.update(model_type="clip"))))
     with pytest.raises(ValueError, match=r"unknown settings \['qkv_bias'\]"):
         S.EvaClip.load(broken(config(lambda c: c["config"].update(qkv_bias=True))))
-    with pytest.raises(ValueError, match="model.safetensors: 1 tensors .*'text.text_projection'"):
+    with pytest.raises(ValueError, match="model.safetensors: .*: 1 missing: text.text_projection$"):
         S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.pop("text.text_projection"))))
-    with pytest.raises(ValueError, match="'vision_model.x'"):
-        S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.update({"vision_model.x": torch.zeros(1)}))))
-    with pytest.raises(ValueError, match="2 tensors .*'text.text_projection', 'visual.head.weight'"):
+    with pytest.raises(ValueError, match="1 unknown: visual.x$"):
+        S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.update({"visual.x": torch.zeros(1)}))))
+    with pytest.raises(ValueError, match="2 of another shape .*visual.head.weight .*text.text_proj"):
         S.EvaClip.load(broken(config(lambda c: c["config"].update(embed_dim=8))))
     loaded = S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.pop("logit_scale"))))
     assert loaded.logit_scale.item() == pytest.approx(math.log(100))  # optional in released checkpoints
@@ -311,10 +312,47 @@ def test_identity_is_of_content(folder, tmp_path):
 
 
 def test_unknown_scorer(tmp_path):
-    with pytest.raises(ValueError, match="unknown scorer 'no/such-model': known are local folders"):
-        S.load_scorer("no/such-model")
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
         S.load_scorer(str(tmp_path))
+    with pytest.raises(ValueError, match="unknown scorer 'a/b/no-such-model': .* Known are local folders"):
+        S.load_scorer("a/b/no-such-model")  # no form of a Hugging Face id, so nobody is asked
+
+
+def test_worker_threads_keep_the_order(folder):
+    """Batches of every size come back in their order, and the second is fetched while the first is encoded."""
+    scorer = S.load_scorer(folder)
+    images = [Image.new("RGB", (30 + 9 * i, 50), (20 * i, 10, 200 - 5 * i)) for i in range(12)]
+    want = np.concatenate([scorer.image_features([image]) for image in images])
+    sizes, second, encode = [1, 4, 0, 2, 5], threading.Event(), scorer.model.encode_image
+
+    def batches():
+        start = 0
+        for number, size in enumerate(sizes):
+            if number == 1:
+                second.set()
+            yield images[start:start + size]
+            start += size
+
+    def wait(pixels):
+        assert second.wait(10)  # seconds; without a thread that fetches, nobody would set it
+        return encode(pixels)
+
+    scorer.model.encode_image = wait
+    got = list(scorer.image_batches(batches()))
+    assert [len(part) for part in got] == sizes and {part.dtype for part in got} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(np.concatenate(got), want, atol=1e-5)
+
+
+def test_error_of_a_worker_thread_reaches_the_caller(folder):
+    scorer = S.load_scorer(folder)
+    with pytest.raises(ValueError, match="floating-point numbers of unknown range"):
+        scorer.image_features([Image.new("RGB", (4, 4)), Image.new("F", (4, 4))])
+
+    def batches():
+        yield [Image.new("RGB", (4, 4))]
+        raise ValueError("image 7 cannot be read")
+    with pytest.raises(ValueError, match="image 7"):
+        list(scorer.image_batches(batches()))
 
 
 # ------------------------------------------------------------------------------------------------------ text and pixels
@@ -327,6 +365,62 @@ AWKWARD = ["", "  A  beetle,\n\tspotted! ", "it's 12.5 km -- no?", "caf\u00e9 na
 def test_tokens_are_open_clips():
     open_clip = pytest.importorskip("open_clip")
     assert torch.equal(S.Tokenizer()(AWKWARD), open_clip.get_tokenizer("ViT-B-32")(AWKWARD))
+
+
+def slow_tokens(text, merges):
+    """CLIP's byte-pair encoding of one text, from its definition: clean, split, spell in bytes, merge by rank."""
+    import html
+
+    import ftfy
+    import regex
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    text = regex.sub(r"\s+", " ", text).strip().lower()
+    # Bytes that print stand for themselves, the others for the characters from 256 on.
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order = printing + [b for b in range(256) if b not in printing]
+    letter = {b: chr(b) if b in printing else chr(256 + n - len(printing)) for n, b in enumerate(order)}
+    pieces = [letter[b] for b in order]
+    ids = {piece: i for i, piece in enumerate(pieces + [p + "</w>" for p in pieces] + ["".join(m) for m in merges])}
+    ids.update({"<start_of_text>": 49406, "<end_of_text>": 49407})
+    rank, out = {merge: n for n, merge in enumerate(merges)}, [49406]
+    kinds = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    for word in regex.findall(kinds, text, regex.I):
+        if word in ("<start_of_text>", "<end_of_text>"):
+            out.append(ids[word])
+            continue
+        parts = [letter[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        while pairs := [(rank[pair], n) for n, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in rank]:
+            n = min(pairs)[1]  # one merge at a time, the best and leftmost
+            parts[n:n + 2] = [parts[n] + parts[n + 1]]
+        out += [ids[part] for part in parts]
+    out = out[:76] + [49407]
+    return out + [0] * (77 - len(out))
+
+
+def test_tokens_are_those_of_the_definition():
+    import gzip
+
+    from open_clip import tokenizer
+    with gzip.open(os.path.join(os.path.dirname(tokenizer.__file__), "bpe_simple_vocab_16e6.txt.gz"), "rt",
+                   encoding="utf-8") as file:
+        merges = [tuple(line.split()) for line in file.read().split("\n")[1:48895]]
+    more = ["\U0001f468\u200d\U0001f469\u200d\U0001f467 family", "&lt;p&gt;caf&eacute;&nbsp;&#8212; &amp;hearts;",
+            "a" * 500, "don't we'll I'M", "\u0130stanbul \u00df \u03a3\u03c2", "x" * 9 + "\u200b" + "1234567890"]
+    got = S.Tokenizer()(AWKWARD + more)
+    for text, row in zip(AWKWARD + more, got, strict=True):
+        assert row.tolist() == slow_tokens(text, merges), text
+
+
+def test_text_of_10000_characters(folder):
+    """Cut to the context, the last token is the end; a text of which the first 77 tokens are the same is the same."""
+    tokenizer = S.Tokenizer()
+    for text in ("word " * 2000, "a" * 10000, "\U0001f41e" * 10000, "1234567890" * 1000):
+        row = tokenizer([text])[0]
+        assert row.shape == (77,) and row[0] == 49406 and row[76] == 49407 and (row[1:76] != 49407).all()
+    scorer = S.load_scorer(folder)
+    long, longer = scorer.text_features(["word " * 2000, "word " * 2001])
+    np.testing.assert_array_equal(long, longer)
 
 
 def test_short_context_and_small_vocabulary():
@@ -393,11 +487,21 @@ def test_preprocess_of_a_sliver():
     assert S.preprocess(Image.new("RGB", (1, 5000), (255, 0, 0)), 28).shape == (3, 28, 28)
 
 
+def test_preprocess_as_siglip_does():
+    """Squashed, not cropped, and (x / 255 - .5) / .5: white is 1, black -1; 128 / 255 = .50196 -> .00392."""
+    for name in ("bicubic", "bilinear"):
+        recipe = transforms.Compose([
+            transforms.Resize((28, 42), getattr(transforms.InterpolationMode, name.upper())), transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3)])
+        got = S.preprocess(photo(90, 40), (28, 42), [0.5] * 3, [0.5] * 3, "squash", name)
+        assert torch.allclose(got, recipe(photo(90, 40)), atol=1e-6), name
+    grey = S.preprocess(Image.new("L", (9, 5), 128), 28, [0.5] * 3, [0.5] * 3, "squash")
+    assert torch.allclose(grey, torch.tensor(0.00392), atol=1e-5)
+
+
 def test_read_image(tmp_path):
     photo(40, 30).save(tmp_path / "a.jpg")
     assert S.read_image(tmp_path / "a.jpg").size == (40, 30)
-    Image.new("LA", (5, 5)).save(tmp_path / "b.png")
-    assert S.read_image(tmp_path / "b.png").mode == "RGB"
     with pytest.raises(FileNotFoundError, match="none.jpg is missing"):
         S.read_image(tmp_path / "none.jpg")
     whole = (tmp_path / "a.jpg").read_bytes()
@@ -408,6 +512,74 @@ def test_read_image(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             S.read_image(tmp_path / name)
+
+
+def test_decompression_bomb(tmp_path):
+    """20,000 x 20,000 in 50 kB: over Pillow's limit, and refused before a pixel is decoded."""
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    assert os.path.getsize(tmp_path / "bomb.png") < 1e5
+    with pytest.raises(ValueError, match="bomb.png cannot be read: .*decompression bomb"):
+        S.read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    """Four corners of four colours. The tag says where the stored top row and left column belong in the scene."""
+    scene = np.zeros((4, 6, 3), np.uint8)
+    scene[0, 0], scene[0, -1], scene[-1, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    stored = {1: scene, 2: scene[:, ::-1], 3: scene[::-1, ::-1], 4: scene[::-1], 5: scene.transpose(1, 0, 2),
+              6: np.rot90(scene, 1), 7: np.rot90(scene, 2).transpose(1, 0, 2), 8: np.rot90(scene, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(S.read_image(tmp_path / "a.png")), scene)
+    assert S.image_size(tmp_path / "a.png") == (6, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_costs_no_image(tmp_path):
+    photo(8, 6).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    assert S.read_image(tmp_path / "a.jpg").size == S.image_size(tmp_path / "a.jpg") == (8, 6)
+
+
+def test_modes_of_images(tmp_path):
+    """What each kind of file must look like in RGB; worked out beside each."""
+    def read(image, name, **options):
+        image.save(tmp_path / name, **options)
+        got = S.read_image(tmp_path / name)
+        assert got.mode == "RGB"
+        return np.asarray(got).astype(int)
+
+    clear = np.array([[[200, 10, 10, 255], [200, 10, 10, 0], [200, 10, 10, 51]]], np.uint8)
+    # opaque as it is; transparent white; 51 / 255 = .2: 200 * .2 + 255 * .8 = 244, 10 * .2 + 255 * .8 = 206
+    assert np.abs(read(Image.fromarray(clear), "rgba.png") - [[[200, 10, 10], [255] * 3, [244, 206, 206]]]).max() <= 1
+    grey = np.array([[[9, 255], [9, 0]]], np.uint8)
+    assert read(Image.fromarray(grey, "LA"), "la.png").tolist() == [[[9] * 3, [255] * 3]]
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255, 7, 7, 7])
+    palette.putdata([0, 1, 2])
+    assert read(palette, "p.png").tolist() == [[[255, 0, 0], [0, 0, 255], [7, 7, 7]]]
+    assert read(palette, "t.png", transparency=1).tolist() == [[[255, 0, 0], [255, 255, 255], [7, 7, 7]]]
+    deep = np.array([[0, 255, 256, 32768, 65535]], np.uint16)  # the high byte: 0, 0, 1, 128, 255
+    assert read(Image.fromarray(deep), "deep.png")[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    assert read(Image.fromarray(deep), "deep.tif")[0, :, 1].tolist() == [0, 0, 1, 128, 255]
+    assert read(Image.fromarray(np.array([[0, 200]], np.int32)), "int.tif")[0, :, 0].tolist() == [0, 200]
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    for name in ("cmyk.tif", "cmyk.jpg"):
+        assert np.abs(read(cmyk, name)[0, 0] - [255, 0, 0]).max() <= 2, name
+    assert read(Image.new("1", (2, 2), 1), "bit.png").tolist() == [[[255] * 3] * 2] * 2
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    for name in ("a.gif", "a.png", "a.webp"):  # the first frame
+        got = read(frames[0], name, save_all=True, append_images=frames[1:])
+        assert got.shape == (4, 4, 3) and np.abs(got[0, 0] - [255, 0, 0]).max() <= 5, name
+    assert read(Image.new("RGB", (1, 1), (3, 4, 5)), "one.png").tolist() == [[[3, 4, 5]]]
+    assert S.preprocess(S.read_image(tmp_path / "one.png"), 28).shape == (3, 28, 28)
+    Image.fromarray(np.array([[0.5]], np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="float.tif cannot be read: its pixels are floating-point numbers"):
+        S.read_image(tmp_path / "float.tif")
+    Image.fromarray(np.array([[70000]], np.int32)).save(tmp_path / "more.tif")
+    with pytest.raises(ValueError, match="more.tif cannot be read: its pixels have more than 16 bits"):
+        S.read_image(tmp_path / "more.tif")
 
 
 # --------------------------------------------------------------------------------------------------------- Eq. 1 to 4
