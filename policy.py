@@ -31,10 +31,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor, DynamicCache, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words: what the policy is asked, and what counts as an answer
@@ -289,22 +290,36 @@ def read_adapter(folder):
     for path in paths:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is missing: {folder!r} is not a LoRA adapter (runs/<run>/adapter is one)")
-    with open(paths[0], encoding="utf-8") as file:
-        config = json.load(file)
+    try:
+        with open(paths[0], encoding="utf-8") as file:
+            config = dict(json.load(file))
+        settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in settings.values())
+        if not numbers or type(settings["r"]) is not int or settings["r"] < 1 or not 0 <= settings["dropout"] < 1:
+            raise ValueError(f"{settings} are no settings of LoRA")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{paths[0]} is no adapter's config ({type(error).__name__}: {error})") from error
     unknown = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
         raise ValueError(f"{paths[0]}: only plain LoRA without bias is read here; found peft_type "
                          f"{config.get('peft_type')!r}, bias {config.get('bias')!r}, {unknown}")
+    try:
+        tensors = load_file(paths[1])
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{paths[1]} is damaged ({error}): copy it again") from error
     weights = {}
-    for key, value in load_file(paths[1]).items():
+    for key, value in tensors.items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if found is None:
             raise ValueError(f"{paths[1]}: {key!r} is no LoRA weight")
+        rows = value.shape[0 if found[2] == "A" else 1] if value.dim() == 2 else None  # A [r, in], B [out, r]
+        # Before anything of this size is made: r is what a stranger's config says.
+        if rows != settings["r"]:
+            raise ValueError(f"{paths[1]}: {key!r} has the shape {tuple(value.shape)}, r is {settings['r']}")
         weights.setdefault(found[1], {})[found[2]] = value.float()
     halves = [name for name, pair in weights.items() if set(pair) != {"A", "B"}]
     if halves:
         raise ValueError(f"{paths[1]}: lora_A or lora_B is missing for {halves[:3]}")
-    settings = {"r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
     return settings, {name: (pair["A"], pair["B"]) for name, pair in weights.items()}
 
 
@@ -336,7 +351,9 @@ def write_adapter(folder, base, settings, layers):
         json.dump(config, file, indent=1)
     os.replace(path + ".tmp", path)
     path = os.path.join(folder, "adapter_model.safetensors")
-    save_file(weights, path + ".tmp", metadata={"format": "pt"})
+    # Not save_file: its files can be read by their owner alone.
+    with open(path + ".tmp", "wb") as file:
+        file.write(save(weights, metadata={"format": "pt"}))
     os.replace(path + ".tmp", path)
 
 
@@ -564,8 +581,12 @@ def pick(log_probs, draws):
     """Column of each row: the argmax where `draws` is None, else by inverse CDF. log_probs [P, C], draws list -> [P].
 
     Inverse CDF takes one uniform number per choice, so a rollout's draws do not depend on who else is in the batch
-    (torch.multinomial would take its numbers from one generator for all rows).
+    (torch.multinomial would take its numbers from one generator for all rows). FloatingPointError for NaN.
     """
+    # NaN would come out as a column that does not exist, or, of argmax, as an answer like any other.
+    if log_probs.amax(-1).isnan().any():
+        raise FloatingPointError("the policy's log-probabilities are NaN: its weights or activations are not finite "
+                                 "(try float32 weights, or an adapter of an earlier step)")
     if draws[0] is None:
         return log_probs.argmax(-1)
     cdf = log_probs.double().exp().cumsum(-1)                                       # [P, C]
@@ -1164,13 +1185,16 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
 def _check_name(name):
     """Is there a Qwen2.5-VL under this name? transformers would load other architectures with a warning."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        # The bare dict: for an unknown kind with code of its own AutoConfig would ask the user whether to run that.
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        if "model_type" not in config:  # a folder without a config.json
+            raise ValueError("no config.json with a model_type")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no policy {name!r}: neither a folder with a Qwen2.5-VL checkpoint nor a Hugging Face model within reach. "
             f"Try mini/policy (`make mini` builds it) or Qwen/Qwen2.5-VL-3B-Instruct.") from error
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{name!r} is a {config.model_type} model; the policy must be a qwen2_5_vl one")
+    if config["model_type"] != "qwen2_5_vl":
+        raise ValueError(f"{name!r} is a {config['model_type']} model; the policy must be a qwen2_5_vl one")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,13 @@ the query's pool with every crop, the reward is the improvement over the full im
 better answers. Only LoRA weights learn. Nothing here reads a truth box, and labels are read by the reward alone.
 
 Files of a run: config.json (arguments, data), log.jsonl (a line a step), samples.jsonl (what was said and what it
-earned), state.pt (to --resume), adapter/ (the result, in peft's format; written last, so a run that has it is whole).
+earned), state.pt (to --resume), adapter/ (the result, in peft's format; written last, so a run that has it is whole),
+lock (who writes here; it binds as long as that process lives).
+
+What may happen to a run. Killed (kill -9, a full disk): --resume goes on from the last state.pt and ends with the log,
+samples and adapter of an unbroken run. Ctrl-C or SIGTERM: the step is finished, state.pt is written, exit code 130 or
+143; a second one stops at once. Reward, p(REGION), loss or gradient not finite: the run stops and names the queries.
+Decisions that are all alike, hardly any advantage, a KL above --max-kl: "warnings" in log.jsonl (see `sickness`).
 
 Under torchrun every process takes its share of a step's queries, LoRA's gradients are summed, process 0 writes: losses,
 log and adapter are those of one process up to rounding (with dropout: up to its draws). All see the same files. The
@@ -20,18 +26,29 @@ N = --group, see `sample_groups`), M answers of a forward pass, K candidates, T 
 """
 
 import argparse
+import collections
+import contextlib
 import datetime
+import fcntl
 import hashlib
+import importlib
+import io
 import json
 import math
 import os
+import platform
+import signal
+import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import rgrpo
@@ -52,6 +69,7 @@ PRESETS = {
     "mini": dict(queries=16, group=8, epochs=0.0, steps=120, lr=1e-3, warmup=10, dropout=0.0, targets="language",
                  beta=0.0, micro=16, eval_every=40, save_every=20),
 }
+WINDOW = 20  # steps that `sickness` looks back on
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -70,6 +88,8 @@ def parse_args(argv=None):
     models = parser.add_argument_group("models (Sec. 3.2, 3.3)")
     models.add_argument("--policy", default="mini/policy", help="folder or Hugging Face id of a Qwen2.5-VL")
     models.add_argument("--scorer", default="mini/scorer", help="folder of the scorer that prepared the data")
+    models.add_argument("--init-adapter", metavar="FOLDER",
+                        help="LoRA in peft's format to start from; the KL term still compares with the bare policy")
     models.add_argument("--system-prompt", metavar="FILE",
                         help="text in place of the policy's own system prompt (Table 10)")
     models.add_argument("--max-pixels", type=int,
@@ -110,6 +130,9 @@ def add_method_flags(parser):
     method.add_argument("--reward-weights", type=float, nargs=4, default=[0.2, 0.2, 0.2, 0.4], metavar="W",
                         help="of dMRR, dNDCG, dRank and dMargin in Eq. 7")
     method.add_argument("--eta", type=float, default=1.0, help="what MALFORMED costs (Eq. 7), at least 0")
+    method.add_argument("--encouragement", type=float, default=0.0,
+                        help="added to every REGION reward at step 0, less each step; an option of the release")
+    method.add_argument("--encouragement-steps", type=int, default=5000, help="steps until that bonus is 0")
     lora = parser.add_argument_group("LoRA (App. B)")
     lora.add_argument("--rank", type=int, default=8, help="r")
     lora.add_argument("--alpha", type=float, default=32, help="scale: the update is alpha / r times B A")
@@ -141,12 +164,21 @@ def add_length_flags(parser):
     logs.add_argument("--save-every", type=int, help="steps between two state.pt")
     logs.add_argument("--samples-every", type=int, default=10,
                       help="steps between two groups in samples.jsonl, 0 = never")
+    logs.add_argument("--max-kl", type=float, default=10.0,
+                      help="warn of a step whose KL (nats a token, measured where --beta is not 0) is above; 0 = never")
+    logs.add_argument("--when-sick", choices=("warn", "stop"), default="warn",
+                      help=f"at a warning (KL; over {WINDOW} steps: p(REGION) below .01 or above .99 on average, more "
+                           "than 90%% of the groups without advantage): go on | save the state and stop")
+    logs.add_argument("--tensorboard", action="store_true",
+                      help="log.jsonl's numbers to TensorBoard as well, in the run's tensorboard/ (needs tensorboard)")
+    logs.add_argument("--wandb", metavar="PROJECT", help="and to a Weights & Biases project (needs wandb)")
 
 
 def check_args(parser, args):
     """End with a usage message for a number that would only fail, or do nonsense, in the middle of a run."""
-    for least, names in ((0, "seed warmup eval_every samples_every beta eta steps epochs dropout"),
-                         (1, "queries micro inner_steps save_every val_queries max_new_tokens max_prompt_tokens rank"),
+    for least, names in ((0, "seed warmup eval_every samples_every beta eta steps epochs dropout encouragement max_kl"),
+                         (1, "queries micro inner_steps save_every val_queries max_new_tokens max_prompt_tokens rank "
+                             "encouragement_steps"),
                          (2, "group"), (28 * 28, "max_pixels")):
         for name in names.split():
             if getattr(args, name) is not None and not getattr(args, name) >= least:  # `not >=` is true of NaN, too
@@ -342,19 +374,47 @@ def score_views(data, scorer, rows, images, actions):
     for b, (row, group) in enumerate(zip(rows, actions)):
         full = np.asarray(data.full[row], dtype=np.float32)  # [D]
         views = np.stack([features.get((b, a.box), full) for a in group])  # [n, D]
-        found.append(scores(views, data.candidates(row)))  # [n, K]
+        try:
+            found.append(scores(views, data.candidates(row)))  # [n, K]
+        except ValueError as error:  # a feature that is NaN or 0, of a crop or of the pool
+            raise FloatingPointError(f"{error}; query {data.queries[row].query_id!r}, {data.pool_file}:{row + 1}: is "
+                                     "the scorer sound? Try it in float32, then prepare the data again") from error
     return found
 
 
-def reward_groups(data, scorer, rows, images, groups, args):
-    """Reward and its components of every answer: B dicts of arrays [n] (rewards.reward)."""
+def reward_groups(data, scorer, rows, images, groups, args, bonus=0.0):
+    """Reward and its components of every answer: B dicts of arrays [n] (rewards.reward).
+
+    bonus: of `encouragement`; where there is one, it is a component of its own and part of the total.
+    """
     actions = [[c.action for c in group] for group in groups]
     found = []
     for row, group, seen in zip(rows, actions, score_views(data, scorer, rows, images, actions)):
         full = scores(np.asarray(data.full[row], dtype=np.float32), data.candidates(row))  # [K]
-        found.append(reward([a.decision for a in group], seen, full, np.array(data.queries[row].labels),
-                            args.reward_weights, args.eta, args.reward))
+        earned = reward([a.decision for a in group], seen, full, np.array(data.queries[row].labels),
+                        args.reward_weights, args.eta, args.reward)
+        if bonus:
+            extra = np.array([bonus * (a.decision == "REGION") for a in group])  # [n]
+            earned = {**earned, "total": earned["total"] + extra, "encouragement": extra}
+        found.append(earned)
     return found
+
+
+def encouragement(step, args):
+    """What a REGION rollout gets for being one, in the step counted from 0: a straight line down to 0."""
+    return args.encouragement * max(0.0, 1 - step / args.encouragement_steps)
+
+
+def check_finite(names, groups, rewards):
+    """FloatingPointError naming the queries that have a reward or a p(REGION) that is not finite.
+
+    Not left to the loss: a group whose advantages are all 0 has none, and NaN would pass for a decision until then.
+    """
+    for what, values in (("reward", [earned["total"] for earned in rewards]),
+                         ("p(REGION)", [[c.action.p_region or 0.0 for c in group] for group in groups])):
+        sick = [name for name, row in zip(names, values) if not np.isfinite(row).all()]
+        if sick:
+            raise FloatingPointError(f"{what} is not finite; queries {sick}")
 
 
 def judge(groups, counts, rewards, args):
@@ -612,18 +672,10 @@ def memory_forecast(policy, scorer, args, tokens, patches, side):
         "rollout": answering(queries, written),
         # 512 choices among a whole vocabulary at a time: logits, their softmax and both gradients.
         "update": sum(saved.values()) + beside + min(vocabulary, 1) * 512 * vocabulary * 24,
-        "scorer's crops": crop_memory(scorer, queries * written)}
+        "scorer's crops": scorer.activation_bytes(queries * written)}
     if args.eval_every:
         comes["evaluation"] = answering(32, 1)
     return stays, comes
-
-
-def crop_memory(scorer, count):
-    """Bytes for a moment, when the scorer encodes `count` crops: residual, norm and the wider of attention and MLP."""
-    config, size = scorer.model.config, next(scorer.model.parameters()).element_size()
-    height, width = config.image_hw
-    tokens = min(count, scorer.batch_size) * (height // config.patch_size * (width // config.patch_size) + 1)
-    return int(tokens * size * config.width * (2 + max(4, 2 * config.mlp_ratio)))
 
 
 def check_memory(policy, scorer, data, args):
@@ -672,57 +724,240 @@ def check_run(run, config, resume):
     if not path.exists():
         raise ValueError(f"{path} is missing, so what {run} was trained on is unknown: put it back, or choose another "
                          "--run")
-    old = json.loads(path.read_text(encoding="utf-8"))
-    if old["pools"] != config["pools"]:
-        raise ValueError(f"{run} was trained on other pools ({old['data']}, {old['pools']}) than {config['data']} "
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        pools, arguments, where = old["pools"], dict(old["args"]), old["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what train.py wrote ({error!r}): put it back, or choose another --run"
+                         ) from error
+    if pools != config["pools"]:
+        raise ValueError(f"{run} was trained on other pools ({where}, {pools}) than {config['data']} "
                          f"({config['pools']}): choose another --run")
     # These change no weight: a run that stopped at a long prompt or for want of memory may go on with another value.
-    free = ("save_every", "max_prompt_tokens", "checkpointing")
-    changed = sorted(k for k, v in config["args"].items() if k not in free and old["args"].get(k) != v)
+    free = ("save_every", "max_prompt_tokens", "checkpointing", "max_kl", "when_sick", "tensorboard", "wandb")
+    # A run of before some flag existed did what is that flag's default now.
+    then = {**vars(parse_args(["--preset", config["args"]["preset"]])), **arguments}
+    changed = sorted(k for k, v in config["args"].items() if k not in free and then[k] != v)
     if changed:
         raise ValueError(f"{run}: --resume with other values of {', '.join(changed)} than it was started with; "
                          f"see {path}")
     return "finished" if finished else "state"
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Errors of writing `path`, which may not even name it, say what is safe and what to do: OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}). What was whole still is: make room, or mend what is "
+                      "said there, then go on with the same command and --resume") from error
+
+
 def save_state(path, step, policy, optimizer):
     """All that --resume needs: number of steps done, LoRA, optimiser. Draws are functions of (seed, step): no RNG."""
-    with replacing(path) as temporary:
-        torch.save({"step": step, "lora": [p.detach() for p in policy.lora_parameters()],
-                    "optimizer": optimizer.state_dict()}, temporary)
+    content = io.BytesIO()  # torch.save itself turns a full disk into a RuntimeError about its own inside
+    torch.save({"step": step, "lora": [p.detach() for p in policy.lora_parameters()],
+                "optimizer": optimizer.state_dict()}, content)
+    with writing(path), replacing(path) as temporary:
+        Path(temporary).write_bytes(content.getbuffer())
 
 
 def load_state(path, policy, optimizer):
-    """Restore save_state's file; returns the number of steps done."""
-    state = torch.load(path, map_location=policy.device, weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip(policy.lora_parameters(), state["lora"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    """Restore save_state's file; returns the number of steps done. ValueError for what is none, or of another policy.
+
+    Its checksums are looked at first: a flipped bit in a weight would train on without a word.
+    """
+    remedy = "put a copy back, or choose another --run"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise zipfile.BadZipFile(f"checksum of {broken}")
+        state = torch.load(path, map_location=policy.device, weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(policy.lora_parameters(), state["lora"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    # What a damaged archive raises, and what weights_only says of a file that would run code (its error's class lives
+    # in a module that no file here imports).
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, torch.serialization.pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or holds more than numbers ({str(error)[:200]}); {remedy}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit this policy's LoRA ({str(error)[:200]}); {remedy}") from error
+
+
+def whole_lines(path):
+    """The lines of a log as dicts. ValueError naming the line that is none."""
+    # Only what ends in a newline was written to the end; half a line may even look like JSON.
+    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: not a line of a log ({error!r}); mend or remove the line") from error
+        yield row
 
 
 def keep_lines_before(path, step):
     """Cut a log back to the steps before `step`: what a killed run wrote after its last state is written again."""
-    if not path.exists():
-        return
-    # Only what ends in a newline was written to the end; half a line may even look like JSON.
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    kept = []
-    for number, line in enumerate(whole, 1):
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from error
-    with replacing(str(path)) as temporary:
-        Path(temporary).write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in whole_lines(path) if row["step"] < step]
+        with writing(path), replacing(str(path)) as temporary:
+            Path(temporary).write_text("".join(kept), encoding="utf-8")
 
 
 def append(path, rows):
     """Add dicts to a .jsonl file, a line each."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@contextlib.contextmanager
+def only_writer(run):
+    """Hold the run folder's lock: ValueError, naming the process, where another one trains there.
+
+    The kernel lets go of it when the process ends, however it ends. The file stays: removing it would let a third
+    process lock a new one while a second waits with the old one open.
+    """
+    if place()[0]:  # process 0 writes; where it is refused, the others lose it and end
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with writing(run / "lock"):
+        file = open(run / "lock", "a+b", buffering=0)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{run} is in use by {file.read().decode().strip() or 'another process'}: wait for its "
+                             "end, stop it, or choose another --run") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{run} cannot be locked ({error}): take care that no second process trains there", file=sys.stderr)
+        with writing(run / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        yield
+
+
+# ------------------------------------------------------------------------------------------- what may happen to a run
+
+class Stopped(Exception):
+    """The run ends before its last step, on demand and in good order. args: message, the program's exit code."""
+
+
+@contextlib.contextmanager
+def listening():
+    """Yields the list of signals heard (SIGINT, SIGTERM): they are noted, and the step goes on; a second one acts at
+    once. Threads cannot listen: there the list stays empty."""
+    heard = []
+
+    def note(number, frame):
+        heard.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        # Not print: a signal may come in the middle of one.
+        os.write(2, b"\ntrain.py: this step is finished and saved first; a second signal stops at once\n")
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sickness(recent, args):
+    """What is wrong with a run by its last lines of log.jsonl (newest last): {name: sentence}, empty when all is well.
+
+    Means are over WINDOW steps and wait until there are as many. p(REGION) is the policy's own; where free decoding
+    hides it, the crop rate says the same only without balance. The decision's entropy is no symptom: a policy that has
+    learned when to crop is sure of itself.
+    """
+    found, newest = {}, recent[-1]
+    if args.max_kl and newest.get("kl", 0) > args.max_kl:
+        found["kl"] = (f"KL is {newest['kl']:.3g} nats a token, --max-kl {args.max_kl:g}: the policy runs away from "
+                       "what it was; a larger --beta or a smaller --lr holds it")
+    if len(recent) < WINDOW:
+        return found
+    crops = [line["region_rate"] if args.balance == "none" and line["p_region"] is None else line["p_region"]
+             for line in recent]
+    if None not in crops and not 0.01 <= float(np.mean(crops)) <= 0.99:
+        name = "all FULL" if np.mean(crops) < 0.5 else "all REGION"
+        found[name] = (f"p(REGION) is {np.mean(crops):.4f} over {WINDOW} steps: hardly anything is left to decide; see "
+                       "reward_full and reward_region")
+    idle = float(np.mean([line["zero_advantage"] for line in recent]))
+    if idle > 0.9:
+        found["zero advantage"] = (f"{idle:.1%} of the groups of {WINDOW} steps taught nothing: all answers earn the "
+                                   "same; look at samples.jsonl")
+    return found
+
+
+def look_after(log, recent, args):
+    """Add `log` to the last lines and "warnings" to it where something is wrong; returns what is news, to print."""
+    recent.append(log)
+    found, known = sickness(list(recent), args), recent[-2].get("warnings", ()) if len(recent) > 1 else ()
+    if found:
+        log["warnings"] = list(found)
+    return [f"warning, step {log['step'] + 1}: {text}" for name, text in found.items() if name not in known]
+
+
+def last_lines(path, step):
+    """The last lines of log.jsonl before `step`, as many as `sickness` looks at: a deque of dicts, for more."""
+    return collections.deque((line for line in whole_lines(path) if line["step"] < step), maxlen=WINDOW)
+
+
+def memory_mb(device):
+    """MiB of this process: on CUDA the most that PyTorch held since the last call, on a CPU what is resident now."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return round(peak / 2**20, 1)
+    try:
+        return round(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    except FileNotFoundError:  # not Linux
+        return None
+
+
+def import_trackers(args):
+    """The optional packages that --tensorboard and --wandb ask for: {module: itself}. ValueError where one is missing,
+    before the models are loaded."""
+    found = {}
+    for asked, flag, module in ((args.tensorboard, "tensorboard", "torch.utils.tensorboard"),
+                                (args.wandb, "wandb", "wandb")):
+        try:
+            found |= {flag: importlib.import_module(module)} if asked else {}
+        except ImportError as error:
+            raise ValueError(f"--{flag} needs the package {flag} ({error}): pip install {flag}, or leave the flag out; "
+                             "log.jsonl has the same numbers") from error
+    return found
+
+
+@contextlib.contextmanager
+def tracking(args, start):
+    """Yields a function that shows a line of log.jsonl to the trackers asked for, if any."""
+    trackers = import_trackers(args) if place()[0] == 0 else {}
+    with contextlib.ExitStack() as stack:
+        shown = []
+        if "tensorboard" in trackers:
+            # purge_step: a resumed run draws over what the killed one had drawn beyond its last state.
+            board = trackers["tensorboard"].SummaryWriter(os.path.join(args.run, "tensorboard"), purge_step=start)
+            stack.callback(board.close)
+            shown.append(lambda numbers, step: [board.add_scalar(k, v, step) for k, v in numbers.items()])
+        if "wandb" in trackers:
+            # The same id each time, so that a resumed run is the same run there, too.
+            run = trackers["wandb"].init(project=args.wandb, name=Path(args.run).name, dir=args.run, config=vars(args),
+                                         id=hashlib.sha256(os.path.abspath(args.run).encode()).hexdigest()[:16],
+                                         resume="allow")
+            stack.callback(run.finish)
+            shown.append(lambda numbers, step: run.log(numbers, step=step))
+        yield lambda log: [show({k: v for k, v in log.items() if k != "step" and isinstance(v, (int, float))},
+                                log["step"]) for show in shown]
 
 
 # -------------------------------------------------------------------------------------------------------- the stage
@@ -755,6 +990,12 @@ def open_policy(args):
     policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=prompt,
                          attention=attention)
     policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
+    if args.init_adapter and not (args.resume and (Path(args.run) / "state.pt").exists()):  # which has later weights
+        try:
+            policy.load_adapter(args.init_adapter)
+        except ValueError as error:
+            raise ValueError(f"--init-adapter: {error}; --rank, --alpha and --targets must be those it was made with"
+                             ) from error
     if args.checkpointing:
         # Decoder layers and vision blocks, in train mode alone: `backward` keeps that mode until its gradients are
         # there. The other kind (re-entrant) would not see LoRA: its inputs, frozen embeddings, need no gradient.
@@ -775,45 +1016,69 @@ def train_step(step, steps, policy, optimizer, scorer, data, args):
     seeds = share(seeds_of_step(step, rows, len(data.queries), args.seed))
     rows = share(rows)  # the step's first query is process 0's, which writes the samples
     images, prompts = open_queries(policy, data, rows, args.max_prompt_tokens)
-    groups, counts = sample_groups(policy, prompts, seeds, args)
-    rewards = reward_groups(data, scorer, rows, images, groups, args)
-    advantages = judge(groups, counts, rewards, args)
     names = [data.queries[row].query_id for row in rows]
     try:
+        groups, counts = sample_groups(policy, prompts, seeds, args)
+        rewards = reward_groups(data, scorer, rows, images, groups, args, encouragement(step, args))
+        check_finite(names, groups, rewards)
+        advantages = judge(groups, counts, rewards, args)
         numbers = update(policy, optimizer, prompts, groups, advantages, args, names)
     except FloatingPointError as error:
-        raise FloatingPointError(f"step {step} (from 0, as in log.jsonl): {error}. Nothing of this step was kept; if "
-                                 "it comes again with --resume, train anew with a smaller --lr") from error
+        raise FloatingPointError(f"step {step} (from 0, as in log.jsonl; queries {names}): {error}. Nothing of this "
+                                 "step was kept; if it comes again with --resume, train anew with a smaller --lr"
+                                 ) from error
     told = unshare(tell(groups, counts, rewards))
     log = {"step": step, **describe(told), **numbers, "lr": optimizer.param_groups[0]["lr"]}
     return log, list(sample_lines(step, data, rows, groups, rewards, advantages))
 
 
-def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
-    """Steps start .. steps - 1, with their logs, evaluations and states in the run folder."""
+def run_steps(start, steps, recent, policy, optimizer, scorer, data, val, args):
+    """Steps start .. steps - 1, with their logs, evaluations and states in the run folder.
+
+    recent: the last lines of the log before `start`. Raises Stopped, with the state saved, after the step in which a
+    signal came to any process, or a warning under --when-sick stop.
+    """
     run, began, first = Path(args.run), time.perf_counter(), place()[0] == 0
-    # disable=None: a bar on terminals only.
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step",
-                     disable=None if first else True):
-        clock = time.perf_counter()
-        log, samples = train_step(step, steps, policy, optimizer, scorer, data, args)
-        log["seconds"] = time.perf_counter() - clock
-        if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-            log |= validate(policy, scorer, val, args)
-        if not first:
-            continue
-        append(run / "log.jsonl", [log])
-        if args.samples_every and step % args.samples_every == 0:
-            append(run / "samples.jsonl", samples)
-        tqdm.write(readable(log, steps, (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)))
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            save_state(str(run / "state.pt"), step + 1, policy, optimizer)
+    with tracking(args, start) as track, listening() as heard:
+        # disable=None: a bar on terminals only.
+        for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step",
+                         disable=None if first else True):
+            clock = time.perf_counter()
+            log, samples = train_step(step, steps, policy, optimizer, scorer, data, args)
+            log |= {"seconds": time.perf_counter() - clock, "memory_mb": memory_mb(policy.device)}
+            if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
+                log |= validate(policy, scorer, val, args)
+            news = look_after(log, recent, args)  # alike in all processes, as all numbers are
+            # A signal may reach one process sooner than another; the last step needs no stopping.
+            signals = [number for part in gather(list(heard)) for number in part] if step + 1 < steps else []
+            stopping = bool(signals) or (args.when_sick == "stop" and "warnings" in log and step + 1 < steps)
+            if first:
+                write_step(run, log, samples, args)
+                track(log)
+                left = (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)
+                for line in (readable(log, steps, left), *news):
+                    tqdm.write(line)
+                if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
+                    save_state(str(run / "state.pt"), step + 1, policy, optimizer)
+            if stopping:
+                raise Stopped(f"stopped after step {step + 1} of {steps} "
+                              f"({signal.Signals(signals[0]).name if signals else 'sick: ' + str(log['warnings'])}); "
+                              f"{run / 'state.pt'} has it all: go on with the same command and --resume",
+                              128 + signals[0] if signals else 1)
+
+
+def write_step(run, log, samples, args):
+    """Add a step to the run's logs."""
+    append(run / "log.jsonl", [log])
+    if args.samples_every and log["step"] % args.samples_every == 0:
+        append(run / "samples.jsonl", samples)
 
 
 def start_files(run, config, start):
     """The run folder as it should be before step `start`."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", config)
+    with writing(run / "config.json"):
+        write_json(run / "config.json", config)
     for name in ("log.jsonl", "samples.jsonl"):
         keep_lines_before(run / name, start)
 
@@ -821,9 +1086,17 @@ def start_files(run, config, start):
 def train(args):
     """The stage: args of `parse_args` in, a run folder out. Returns the policy, None if the run was finished before.
 
-    ValueError or FileNotFoundError for input that does not fit; FloatingPointError for numbers that are not finite.
+    ValueError or OSError for input that does not fit and for disks that are full; FloatingPointError for numbers that
+    are not finite; Stopped after a signal.
     """
+    import_trackers(args)
     scorer, data, val = open_data(args)
+    with only_writer(Path(args.run)):
+        return train_alone(scorer, data, val, args)
+
+
+def train_alone(scorer, data, val, args):
+    """`train` in a run folder that no other process writes to."""
     run, config, first = Path(args.run), describe_run(args, data), place()[0] == 0
     found = check_run(run, config, args.resume)  # before the policy: a refusal should not wait for gigabytes
     if found == "finished":
@@ -835,7 +1108,7 @@ def train(args):
     # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
     start = load_state(run / "state.pt", policy, optimizer) if found == "state" else 0
-    steps = steps_of(args, len(data.queries))
+    steps, recent = steps_of(args, len(data.queries)), last_lines(run / "log.jsonl", start)
     # Also the moment at which all have read the run folder, and process 0 may write there.
     seen = gather([start, config["manifest_sha256"]])
     if any(one != seen[0] for one in seen):
@@ -849,9 +1122,10 @@ def train(args):
               + (f" and {place()[1] - 1} more" if place()[1] > 1 else "")
               + (f", going on from step {start}" if start else ""))
         print("\n".join(forecast))
-    run_steps(start, steps, policy, optimizer, scorer, data, val, args)
+    run_steps(start, steps, recent, policy, optimizer, scorer, data, val, args)
     if first:
-        policy.save_adapter(str(run / "adapter"))
+        with writing(run / "adapter"):
+            policy.save_adapter(str(run / "adapter"))
     return policy
 
 
@@ -859,15 +1133,29 @@ def main(argv=None):
     args = parse_args(argv)
     # A pure function of the seed, on one machine: no kernel that adds up in an order of its own.
     torch.use_deterministic_algorithms(args.device == "cpu")
+    code = 0
     try:
         join_processes(args)
         train(args)
-    # One process's end is everybody's: torchrun stops the others, who would wait for its part.
-    except (ValueError, FileNotFoundError, FloatingPointError, ConnectionError) as error:
+    except Stopped as stopped:  # all processes after the same step, so they can also leave together
+        message, code = stopped.args
+        if place()[0] == 0:
+            print(f"train.py: {message}", file=sys.stderr)
+    # One process's end is everybody's: torchrun stops the others, who would wait for its part. OSError: files that are
+    # missing or cannot be written, and other processes that are lost (ConnectionError).
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"train.py: {error}") from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise SystemExit(f"train.py: {error}\nWhat helps: --micro 1 and --checkpointing (--resume may add the latter), "
+                         "or, in a new run, a smaller --max-pixels or fewer --queries") from error
+    except KeyboardInterrupt:  # while loading, or a second one
+        print("train.py: stopped at once; --resume goes on from the last state.pt, if there is one", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     # Not in a `finally`: leaving in good order means to wait for the others, who may be waiting for this one.
     if dist.is_initialized():
         dist.destroy_process_group()
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from scorer import (
 
 K, TRAIN, VAL = 4, 6, 3  # candidates, train queries, val queries
 # What a line of log.jsonl may hold. README.md defines each; `train.py` adds none in silence.
-ALWAYS = {"step", "reward", "full_rate", "region_rate", "malformed_rate", "p_region", "zero_advantage", "lr", "seconds"}
+ALWAYS = {"step", "reward", "full_rate", "region_rate", "malformed_rate", "p_region", "zero_advantage", "lr", "seconds",
+          "memory_mb"}
 OF_FULL, OF_REGION = {"reward_full"}, {"reward_region", "d_mrr", "d_ndcg", "d_rank", "d_margin"}
 LEARNED = {"loss", "kl", "clip_fraction", "ratio_max", "logp_gap", "decision_entropy", "grad_norm"}
 EVALUATED = {"val_mrr", "val_cond_r1", "val_crop_rate"}
@@ -715,7 +716,8 @@ def read_log(run):
 
 
 def untimed(run):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(run)]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "memory_mb")}
+            for line in read_log(run)]
 
 
 def weights(run):
@@ -738,7 +740,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {"args", "manifest_sha256", "pools", "policy", "scorer", "data"} == set(config)
     assert config["args"]["steps"] == 4 and config["args"]["max_prompt_tokens"] == 8192
     assert {path.name for path in finished.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "state.pt",
-                                                          "adapter"}
+                                                          "adapter", "lock"}
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3  # FULL once, REGION twice
     assert {"query_id", "question", "text", "decision", "box", "p_region", "forced", "reward", "decision_advantage",
@@ -765,7 +767,7 @@ def test_resumed_run_equals_an_unbroken_one(home, finished, tmp_path, monkeypatc
         return whole(step, *rest)
 
     monkeypatch.setattr(train, "train_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         train.main(flags(home, run, *DROPOUT))
     assert len(read_log(run)) == 3 and not (run / "adapter").exists()  # steps 0 and 1 are in state.pt, step 2 is lost
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
@@ -930,7 +932,7 @@ def test_system_prompt_file(home, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     assert "the file is empty" in refused(
         *flags(home, tmp_path / "run", "--system-prompt", str(tmp_path / "empty.txt")))
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}
 
 
 def test_long_prompt_is_an_error_and_is_not_cut(home, data, tmp_path):
@@ -987,7 +989,7 @@ def test_keep_lines_before(tmp_path, end):
 
 def test_broken_line_in_the_middle_of_a_log_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"log.jsonl:2: not JSON"):
+    with pytest.raises(ValueError, match=r"log.jsonl:2: not a line of a log"):
         train.keep_lines_before(tmp_path / "log.jsonl", 3)
 
 

@@ -1,0 +1,453 @@
+"""Inputs that nobody meant: answers, pool files, images, adapters and model folders, made up, damaged or hostile.
+
+What must hold: no input makes a program end without a word that names the file, none is understood in two ways, none
+runs code. hypothesis makes up the texts; `fuzz_actions.py` does the same, guided by coverage, when run by hand.
+"""
+
+import builtins
+import io
+import json
+import random
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import tiny_policy
+from fuzz_actions import ORIGINAL, RESIZED, SEEDS, NotJson, Slow, check
+from policy import load_policy, parse, read_adapter
+from scorer import EvaClip, EvaClipConfig, Query, load_data, load_scorer, read_image, read_pool
+from test_train import build_data
+
+MANY = settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(
+    st.integers(-5, 240).map(str), st.floats().map(json.dumps), st.integers().map(str),
+    st.sampled_from(["1e999", "-1e999", "9" * 400, "9" * 5000, "1e-400", "-0", "-0.0", "00", "01", "1.", ".5", "+1",
+                     "0x10", "1_0", "true", "null", '"3"', "[3]", "NaN", "-Infinity", "١", "1e308", "2.5e1"]))
+SPACES = st.sampled_from(["", " ", "\n", "\t ", "\u00a0", "\u2028", "\x1c"])
+VALUES = st.recursive(st.one_of(NUMBERS, st.text(max_size=8).map(json.dumps)), lambda inner: st.one_of(
+    st.lists(inner, max_size=3).map(lambda items: "[" + ",".join(items) + "]"),
+    st.lists(st.tuples(st.text(max_size=3), inner), max_size=3).map(
+        lambda items: "{" + ",".join(f"{json.dumps(k)}:{v}" for k, v in items) + "}")), max_leaves=5)
+
+
+@st.composite
+def answers(draw):
+    """Answers that are nearly right: each part is usually what it should be."""
+    def usually(right, others):
+        return right if draw(st.integers(0, 7)) else draw(others)
+
+    box = "[" + ", ".join(draw(st.lists(NUMBERS, min_size=4, max_size=4))) + "]"
+    arguments = [('"bbox_2d"', usually(box, VALUES))]
+    if draw(st.booleans()):
+        arguments.append(('"label"', usually(json.dumps(draw(st.text(max_size=8))), VALUES)))
+    if not draw(st.integers(0, 5)):  # a key twice, or one too many
+        arguments.append((draw(st.sampled_from(['"bbox_2d"', '"label"', '"x"', '"bbox\\u005f2d"'])), draw(VALUES)))
+    call = [('"name"', usually('"image_zoom_in_tool"', VALUES)),
+            ('"arguments"', "{" + ", ".join(f"{k}: {v}" for k, v in draw(st.permutations(arguments))) + "}")]
+    inside = "{" + ",".join(f"{k}:{draw(SPACES)}{v}" for k, v in draw(st.permutations(call))) + "}"
+    tool = usually(f"<tool_call>{draw(SPACES)}{inside}</tool_call>", st.one_of(VALUES, st.just(inside)))
+    decision = usually('"REGION"', st.sampled_from(['"FULL"', '"full"', '"MALFORMED"', "REGION", "null"]))
+    gap = draw(SPACES)
+    return f'{gap}{{{gap}"Decision"{gap}:{gap}{decision}{gap},{gap}"Tool":{gap}{tool}{gap}}}{draw(SPACES)}'
+
+
+def broken(draw, text, pieces='{}[]",:0123456789.-+eE \n\\utf<>/'):
+    """`text` with up to three edits."""
+    for _ in range(draw(st.integers(0, 3))):
+        at, drop = draw(st.integers(0, len(text))), draw(st.integers(0, 2))
+        text = text[:at] + draw(st.sampled_from(["", *pieces])) + text[at + drop:]
+    return text
+
+
+@MANY
+@given(answers())
+def test_answers_that_are_nearly_right(text):
+    check(text, parse)
+
+
+@MANY
+@given(st.data())
+def test_answers_with_edits(data):
+    check(broken(data.draw, data.draw(st.sampled_from(SEEDS))), parse)
+
+
+@MANY
+@given(st.one_of(st.text(), st.text(alphabet='{}[]":, FULREGIONDecistol_<>/10'), st.binary().map(
+    lambda raw: raw.decode("utf-8", "surrogateescape"))))
+@example('{"Decision": "FULL"} {"Decision": "FULL"}')
+@example('{"Decision": "FULL", "Decision": "REGION"}')
+@example('Sure! {"Decision": "FULL"}')
+@example("\x00")
+def test_any_text(text):
+    decision = check(text, parse)
+    # Nothing but the form of Table 10 is an answer, so text that lacks its words is none.
+    assert decision == "MALFORMED" or '"Decision"' in text and f'"{decision}"' in text
+
+
+@MANY
+@given(st.lists(st.floats(-50, 300) | st.integers(-50, 300), min_size=4, max_size=4),
+       st.tuples(*[st.integers(1, 40).map(lambda n: 28 * n)] * 2), st.tuples(*[st.integers(1, 5000)] * 2))
+def test_boxes_lie_in_the_image(numbers, resized, original):
+    text = SEEDS[3].replace("[10, 20, 30, 40]", json.dumps(numbers))
+    check(text, parse, resized, original)
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"a":' * 100_000, SEEDS[3].replace("[10", "[" * 50_000 + "10"),
+    SEEDS[3].replace('"label"', '"x": ' + "[" * 100_000 + "]" * 100_000 + ', "label"'),
+    SEEDS[3].replace("10", "1" * 1_000_000), SEEDS[3].replace("10", "1." + "0" * 1_000_000 + "e"),
+    '{"Decision": "REGION", "Tool": ' + " " * 3000 + "x", '{"Decision": "FULL"' + " " * 100_000 + "x",
+    SEEDS[3] * 1000, "\ud800" * 1000, '{"Decision": "REGION", "Tool": ' + "<tool_call>" * 1000 + "}",
+])
+def test_deep_and_long_answers_are_malformed(text):
+    assert parse(text, RESIZED, ORIGINAL).decision == "MALFORMED"
+
+
+@pytest.mark.parametrize("text, decision", [
+    (SEEDS[0], "FULL"), (SEEDS[1], "FULL"), (SEEDS[3], "REGION"), (SEEDS[4], "MALFORMED"),
+    # Of two boxes the last one counts, as for every reader of JSON that Python has.
+    (SEEDS[3].replace('"label"', '"bbox_2d": [1, 1, 1, 1], "label"'), "MALFORMED"),
+    (SEEDS[3].replace('"bbox_2d"', '"bbox_2d": [1, 1, 1, 1], "bbox_2d"'), "REGION"),
+])
+def test_both_readers_know_what_an_answer_is(text, decision):
+    """Two readers that refuse everything would agree, too."""
+    assert check(text, parse) == decision
+
+
+@given(VALUES)
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_the_slow_reader_reads_json(text):
+    try:
+        wanted = json.loads(text)
+    except ValueError:
+        return
+    if "99999" in text:  # whole numbers that no float holds
+        return
+    try:
+        found = Slow(text).document()
+    except NotJson:
+        pytest.fail(text)
+    assert repr(floats(found)) == repr(floats(wanted)) or "\\" in text
+
+
+def floats(value):
+    if isinstance(value, dict):
+        return {key: floats(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [floats(entry) for entry in value]
+    return float(value) if type(value) is int else value
+
+
+# ---- pool files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("fuzz")
+    EvaClip(EvaClipConfig(embed_dim=8, image_size=28, width=16, layers=1, head_width=8, context=8, vocab=600,
+                          text_width=8, text_heads=2, text_layers=1)).init_weights().save(folder / "scorer")
+    build_data(folder, load_scorer(str(folder / "scorer")))
+    return folder
+
+
+FILES = ("train.jsonl", "train_full.npy", "kb_image.npy", "kb_text.npy", "kb_entity.npy", "manifest.json")
+
+
+def damaged(content, draw):
+    """One byte changed: a bit flipped, or a character put where it hurts."""
+    changed = bytearray(content)
+    at = draw.randrange(len(changed))
+    changed[at] = changed[at] ^ 1 << draw.randrange(8) if draw.random() < 0.5 else draw.choice(b'"{}[],:0 9a\n\xff\x00')
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_pool_files(home, tmp_path, name):
+    """A clear error that names a file of the data, or data of the right kind: what was text may be another text (sizes
+    are compared, hashes are not), but never another type, shape or row."""
+    folder = tmp_path / "data"
+    shutil.copytree(home / "data", folder)
+    whole, draw, refused = load_data(str(folder), "train"), random.Random(name), 0
+    content = (folder / name).read_bytes()
+    for turn in range(250):
+        (folder / name).write_bytes(damaged(content, draw))
+        try:
+            found = load_data(str(folder), "train")
+        except (ValueError, FileNotFoundError) as error:
+            assert str(folder) in str(error), error
+            refused += 1
+            continue
+        for array in ("full", "kb_image", "kb_text", "kb_entity"):
+            ours, theirs = getattr(found, array), getattr(whole, array)
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert [query.row for query in found.queries] == [query.row for query in whole.queries]
+        for query in found.queries:
+            assert isinstance(query, Query) and len(query.pool) == len(query.labels) == found.manifest["K"]
+            assert set(query.labels) <= {0, 1} and max(query.pool) < len(found.kb_text)
+        assert [query.pool for query in found.queries] == [query.pool for query in whole.queries]
+    assert refused > 30
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"version": 1}', b"[" * 100_000])
+def test_files_that_are_something_else(home, tmp_path, content):
+    for name in FILES:
+        folder = tmp_path / name
+        shutil.copytree(home / "data", folder)
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=str(folder)):
+            load_data(str(folder), "train")
+        manifest = json.loads((home / "data/manifest.json").read_text())
+        if name in manifest["files"]:  # of the right size, as the manifest says
+            manifest["files"][name]["bytes"] = len(content)
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+            with pytest.raises(ValueError, match=name):
+                load_data(str(folder), "train")
+
+
+def test_a_pickle_in_place_of_an_array_is_not_read(home, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(home / "data", folder)
+    array = np.empty((6, 8), dtype=object)
+    array[:] = "x"
+    np.save(folder / "kb_text.npy", array)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["kb_text.npy"]["bytes"] = (folder / "kb_text.npy").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError):
+        load_data(str(folder), "train")
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..\\secret.png", "a\0b"])
+def test_image_path_that_leaves_the_root_is_refused(home, tmp_path, image):
+    """A stranger's pools must not show files of this machine in a report."""
+    line = json.loads((home / "data/train.jsonl").read_text().splitlines()[0])
+    (tmp_path / "train.jsonl").write_text(json.dumps({**line, "image": image}) + "\n")
+    with pytest.raises(ValueError, match="train.jsonl:1.*inside the root"):
+        read_pool(str(tmp_path / "train.jsonl"))
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def encoded(image, kind, **more):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def noise(mode="RGB", size=(64, 48)):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def png(width, height):
+    """A PNG that says it is as large as that and holds next to nothing."""
+    def part(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return (b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
+
+
+@pytest.mark.parametrize("name, content, size", [
+    ("one.png", encoded(Image.new("RGB", (1, 1)), "PNG"), (1, 1)),
+    ("jpeg_in_truth.png", encoded(noise(), "JPEG"), (64, 48)),
+    ("no_extension", encoded(noise(), "PNG"), (64, 48)),
+    ("cmyk.jpg", encoded(noise("CMYK"), "JPEG"), (64, 48)),
+    ("palette.gif", encoded(noise("P"), "GIF"), (64, 48)),
+    ("alpha.png", encoded(noise("RGBA"), "PNG"), (64, 48)),
+    ("black_and_white.png", encoded(noise("1"), "PNG"), (64, 48)),
+    ("animated.gif", encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)]), (64, 48)),
+    ("long.png", encoded(Image.new("L", (20_000, 3)), "PNG"), (20_000, 3)),
+])
+def test_unusual_images_are_read(tmp_path, name, content, size):
+    (tmp_path / name).write_bytes(content)
+    image = read_image(str(tmp_path / name))
+    assert image.mode == "RGB" and image.size == size
+
+
+def test_first_frame_and_upright(tmp_path):
+    """Of an animation the first picture; as EXIF turns it, so that boxes are in the pixels that a viewer shows."""
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read_image(str(tmp_path / "a.gif")).getpixel((0, 0)) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    noise().save(tmp_path / "turned.png", exif=exif)
+    assert read_image(str(tmp_path / "turned.png")).size == (48, 64)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_a_pixel_are_not_cut_off(tmp_path, kind):
+    grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)  # every high byte once
+    Image.fromarray(grey).save(tmp_path / "grey", kind)
+    found = np.asarray(read_image(str(tmp_path / "grey")))[..., 0].astype(int)
+    assert np.abs(found - (grey >> 8)).max() <= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"<svg/>",
+                                     png(50_000, 50_000), png(0, 10), png(300, 300)])
+def test_what_is_no_image_is_named(tmp_path, content):
+    """50,000 x 50,000 pixels would be 7.5 GB: refused by the header, before a pixel is decoded."""
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(ValueError, match="image .*image.png cannot be read"):
+        read_image(str(tmp_path / "image.png"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_image(str(tmp_path / "nowhere.png"))
+    with pytest.raises(FileNotFoundError):
+        read_image(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "DDS", "AVIF"])
+def test_damaged_images(tmp_path, kind):
+    try:
+        content = encoded(noise(), kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    draw, refused, path = random.Random(kind), 0, tmp_path / "image"
+    for turn in range(150):
+        changed = bytearray(content[:draw.randrange(len(content))] if turn % 3 == 0 else content)
+        for _ in range(turn % 3):
+            changed[draw.randrange(min(len(changed), draw.choice((200, len(changed)))))] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            assert read_image(str(path)).mode == "RGB"
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
+# ---- models and adapters made by an attacker -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return Path(tiny_policy.build(tmp_path_factory.mktemp("plain")))
+
+
+EVIL = "import os\nos.mkdir({mark!r})\nclass Evil:\n    pass\n"
+
+
+def booby_trapped(plain, folder, mark):
+    """A policy folder whose every config asks for a class of its own evil.py, which leaves a mark when imported."""
+    shutil.copytree(plain, folder)
+    (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    for path in folder.glob("*.json"):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and path.name != "tokenizer.json":
+            content["auto_map"] = {name: "evil.Evil" for name in (
+                "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoProcessor",
+                "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")}
+            content["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+            path.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_model_folder_runs_no_code(plain, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "y")  # who would say yes to anything
+    folder = booby_trapped(plain, tmp_path / "trap", tmp_path / "mark")
+    try:
+        load_policy(str(folder))
+    except ValueError:
+        pass  # to refuse it is as good as to ignore the trap
+    assert not (tmp_path / "mark").exists() and not asked
+
+
+def test_a_model_of_an_unknown_kind_runs_no_code(plain, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "y")
+    folder = booby_trapped(plain, tmp_path / "trap", tmp_path / "mark")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
+    with pytest.raises(ValueError):
+        load_policy(str(folder))
+    assert not (tmp_path / "mark").exists() and not asked
+
+
+def test_weights_that_are_a_pickle_are_not_loaded(plain, tmp_path):
+    """A checkpoint of pytorch_model.bin alone: transformers would unpickle it with weights_only, and it holds more."""
+    folder = tmp_path / "trap"
+    shutil.copytree(plain, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"x": Evil(str(tmp_path / "mark"))}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception):
+        load_policy(str(folder))
+    assert not (tmp_path / "mark").exists()
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        import os
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def adapter(plain, tmp_path):
+    policy = load_policy(str(plain))
+    policy.add_lora(2, 4, 0.0, "language")
+    policy.save_adapter(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_read_from_safetensors_alone(plain, adapter, tmp_path):
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"x": Evil(str(tmp_path / "mark"))}, adapter / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
+        load_policy(str(plain), str(adapter))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_an_adapter_points_nowhere(plain, adapter):
+    """Where it says its base model lies is not followed, and a layer's name is looked up, never imported."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "../../../../etc", "auto_mapping": {"parent_library": "os"},
+               "target_modules": ["../../x", "__class__"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    load_policy(str(plain), str(adapter))
+
+
+@pytest.mark.parametrize("change", [
+    b"", b"{", b"[]", b"null", b"\xff", {"r": "8"}, {"r": None}, {"r": 0}, {"r": -1}, {"r": 10**12}, {"r": 2.5},
+    {"lora_alpha": None}, {"lora_alpha": "1"}, {"lora_dropout": 7}, {"lora_dropout": "x"}, {"peft_type": 1},
+])
+def test_adapter_configs_that_make_no_sense(plain, adapter, change):
+    path = adapter / "adapter_config.json"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="adapter"):
+        load_policy(str(plain), str(adapter))
+
+
+def test_damaged_adapter_weights(adapter):
+    path, draw = adapter / "adapter_model.safetensors", random.Random(0)
+    content, refused = path.read_bytes(), 0
+    for turn in range(200):
+        changed = bytearray(content[:draw.randrange(len(content))] if turn % 4 == 0 else content)
+        if changed:
+            changed[draw.randrange(min(len(changed), 2000))] = draw.randrange(256)
+        path.write_bytes(changed)
+        try:
+            read_adapter(str(adapter))
+        except ValueError as error:
+            assert "adapter_model.safetensors" in str(error)
+            refused += 1
+    assert refused > 50
