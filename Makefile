@@ -24,6 +24,7 @@ TRAIN_FLAGS ?=
 EVAL_FLAGS ?= $(if $(filter world,$(DATASET)),--retrieval-stage --samples 4 --fuse .5)
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
+SCALE_FLAGS ?=
 REPORT_FLAGS ?=
 # Ablations: readings of r-GRPO and of its reward, each with every seed. READINGS="default rank" SEEDS="0 1" asks for fewer.
 SEEDS ?= 0 1 2
@@ -59,7 +60,7 @@ REPORT = $(PY) -m tools.report --run runs/$(RUN) --runs $(patsubst %/eval/metric
     --bench $(wildcard bench/*.json) $(REPORT_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help data train eval tables ablations report test mini demo bench figure card clean
+.PHONY: help data train eval tables ablations report test mini demo bench scale figure card clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -93,14 +94,17 @@ demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000
 bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
 	$(PY) -m tools.bench $(BENCH_FLAGS)
 
+scale: | $(READY) ## prepare.py at full scale: 2 million entries (11 GB in scratch/, removed by clean), a million vectors
+	$(PY) -m tools.scale --folder scratch $(SCALE_FLAGS)
+
 figure: $(READY:run.stamp=dev.stamp) $(POOLS) ## the README's picture of the loop, from a real group of rollouts
 	$(PY) -m tools.figure --data data/$(DATASET) --policy $(POLICY)
 
 card: $(TABLES) ## the model card, beside the adapter of runs/$(RUN)
 	$(PY) -m tools.card --run runs/$(RUN)
 
-clean: ## remove data/, runs/ and raw/, but not the environment
-	rm -rf data runs raw
+clean: ## remove data/, runs/, raw/ and scratch/, but not the environment
+	rm -rf data runs raw scratch
 
 # The environment. Stages have it as an order-only prerequisite (after the |): a new version of a package rebuilds the
 # environment, not the data. The stamp comes last, so an install that was cut short is taken up again.

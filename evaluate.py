@@ -91,6 +91,8 @@ def parse_args(argv=None):
     models = parser.add_argument_group("models")
     models.add_argument("--policy", help="model id or folder of the policy; default: the one the run was trained from")
     models.add_argument("--scorer", help="scorer; default: the one the data was prepared with (another is refused)")
+    models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the scorer's weights; default: bfloat16 on CUDA, else float32")
     models.add_argument("--decode", choices=("grammar", "free"),
                         help="grammar: only the decision and the digits are choices; free: any text, then parsed; "
                              "default: as the run was trained, else grammar")
@@ -1458,7 +1460,7 @@ def open_all(args):
     if args.decode == "free" and (args.samples or args.threshold != 0.5):
         raise ValueError("--samples and --threshold need p(REGION | x), which only --decode grammar knows exactly")
     external, matches = open_runs(data, args.run_file)
-    scorer = load_scorer(args.scorer or data.manifest["scorer_name"], args.device)
+    scorer = load_scorer(args.scorer or data.manifest["scorer_name"], args.device, args.scorer_dtype)
     load_data(args.data, args.split, scorer.identity)  # refuses a scorer that did not make these pools
     policies, name = {}, args.policy or config.get("policy")
     if args.zeroshot_policy:

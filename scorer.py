@@ -791,13 +791,13 @@ def read_image(path):
 
 
 def image_size(path):
-    """(width, height) of the image that read_image would give, from the file's header alone. Raises what Pillow does."""
+    """(width, height) of the image that read_image would give, from the header alone. Raises what Pillow does."""
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter: sides change places
         return image.size[::-1] if turned else image.size
 
 
-# -------------------------------------------------------------------------------------------------------- Eq. 1 to 4
+# ------------------------------------------------------------------------------------------------------- Eq. 1 to 4
 
 def crop(image, box):
     """g(I, b) of Eq. 1: the part of a PIL image inside box = (x1, y1, x2, y2).

@@ -87,7 +87,9 @@ def parse_args(argv=None):
     files.add_argument("--resume", action="store_true", help="go on from the run's state.pt; without one, start")
     models = parser.add_argument_group("models (Sec. 3.2, 3.3)")
     models.add_argument("--policy", default="mini/policy", help="folder or Hugging Face id of a Qwen2.5-VL")
-    models.add_argument("--scorer", default="mini/scorer", help="folder of the scorer that prepared the data")
+    models.add_argument("--scorer", default="mini/scorer", help="the scorer that prepared the data, see prepare.py")
+    models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the scorer's weights: bfloat16 on CUDA, else float32, where it is not given")
     models.add_argument("--init-adapter", metavar="FOLDER",
                         help="LoRA in peft's format to start from; the KL term still compares with the bare policy")
     models.add_argument("--system-prompt", metavar="FILE",
@@ -965,7 +967,7 @@ def tracking(args, start):
 
 def open_data(args):
     """Scorer, train data, val data (None without evaluation)."""
-    scorer = load_scorer(args.scorer, args.device)
+    scorer = load_scorer(args.scorer, args.device, args.scorer_dtype)
     data = load_data(args.data, "train", scorer.identity)
     if not data.queries:
         raise ValueError(f"{args.data}: no training query has its positive in the pool; see the counts in "

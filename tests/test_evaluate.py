@@ -113,7 +113,7 @@ def build(tmp_path, truth=True):
 def world(tmp_path, monkeypatch):
     """(arguments, the loaded models so far): evaluate.main runs on fakes."""
     loaded = SimpleNamespace(scorer=ColourScorer(), policy=ScriptedPolicy(), asked=[])
-    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device: loaded.scorer)
+    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device, dtype=None: loaded.scorer)
 
     def load_policy(name, adapter=None, **settings):
         loaded.asked.append((name, adapter))
@@ -299,7 +299,7 @@ def test_pools_of_another_scorer_are_refused(world):
 
 def test_no_truth_no_oracle(tmp_path, monkeypatch, capsys):
     arguments = build(tmp_path, truth=False)
-    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device: ColourScorer())
+    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device, dtype=None: ColourScorer())
     monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: ScriptedPolicy())
     result = run_main(arguments)
     assert list(result["methods"]) == [name for name in ALL if name != "oracle"] and result["gap_closed"] is None

@@ -56,7 +56,7 @@ def world(tmp_path, monkeypatch):
     """(arguments, what was loaded): evaluate.main runs on fakes, on two policies and two scorers by name."""
     loaded = SimpleNamespace(scorers={"colours": ColourScorer(), "blind to red": RedBlind()}, policies={
         "scripted": Policy(), "another": Policy(p_region=[.2, .9, .2, .2], box=RIGHT)}, asked=[])
-    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device: loaded.scorers[name])
+    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device, dtype=None: loaded.scorers[name])
 
     def load_policy(name, adapter=None, **settings):
         loaded.asked.append((name, adapter and "adapter"))
@@ -719,7 +719,7 @@ def test_late_models_that_do_not_exist(world, monkeypatch):
     """A name that is wrong, but needed only late, is told in one line as well."""
     arguments, loaded = world
 
-    def load_scorer(name, device):
+    def load_scorer(name, device, dtype=None):
         if name == "typo":
             raise ValueError("unknown scorer 'typo'")
         return loaded.scorers[name]

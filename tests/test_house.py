@@ -238,7 +238,8 @@ def test_requirements():
 
 def make(*arguments):
     # Without what a surrounding `make test SEED=3` hands down: every variable here has its default.
-    handed_down = re.compile(r"MAKE|MFLAGS|DATASET|ROOT|POLICY|SCORER|SEEDS?|READINGS|RUN|PRESET|\w+_FLAGS|PY|VENV|READY")
+    handed_down = re.compile("MAKE|MFLAGS|DATASET|ROOT|POLICY|SCORER|SEEDS?|READINGS|RUN|PRESET|PY|VENV|READY|"
+                             r"\w+_FLAGS")
     env = {name: value for name, value in os.environ.items() if not handed_down.match(name)}
     return subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", *arguments], capture_output=True, text=True,
                           env=env)

@@ -42,7 +42,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def run(folder, *command):
     """Run a command in a copy of the project; returns the finished process."""
-    handed_down = re.compile(r"MAKE|MFLAGS|DATASET|ROOT|POLICY|SCORER|SEEDS?|READINGS|RUN|PRESET|\w+_FLAGS|PY|VENV|READY")
+    handed_down = re.compile("MAKE|MFLAGS|DATASET|ROOT|POLICY|SCORER|SEEDS?|READINGS|RUN|PRESET|PY|VENV|READY|"
+                             r"\w+_FLAGS")
     env = {name: value for name, value in os.environ.items() if not handed_down.match(name)}
     # One thread: small matrices gain nothing from more, and equal bytes need an equal order of sums.
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,66 @@
+"""tools/scale.py on tiny input: what it makes is what prepare.py reads, and what it measures is there.
+
+    python -m pytest tests/test_scale.py
+"""
+import json
+import os
+
+import numpy as np
+import pytest
+
+import prepare
+from tools import scale
+
+
+def test_made_knowledge_base(tmp_path):
+    root = scale.make_root(str(tmp_path), 300, 2000)
+    path = os.path.join(root, "encyclopedic_kb_wiki.json")
+    with open(path, encoding="utf-8") as file:
+        kb = json.load(file)
+    assert list(kb) == [scale.page(j) for j in range(300)]
+    assert dict(prepare.stream_json(path)) == kb
+    assert 1500 < os.path.getsize(path) / 300 < 3000  # bytes an entry
+    one = next(entry for entry in kb.values() if len(entry["image_urls"]) == 6)
+    assert set(one) == {"title", "section_titles", "section_texts", "image_urls", "image_reference_descriptions",
+                        "image_section_indices", "url"}
+    assert len(one["section_titles"]) == len(one["section_texts"])
+    assert len(one["image_reference_descriptions"]) == len(one["image_section_indices"]) == 6
+    files = dict(prepare.stream_json(os.path.join(root, "url_to_path_mapping.json"), b'"'))
+    assert list(files) == [image for entry in kb.values() for image in entry["image_urls"]]
+    texts = "".join(text for entry in kb.values() for text in entry["section_texts"])
+    assert all(trap in texts for trap in ('"so called"', "{{cite}},", "\n", "\u6771\u4eac", "\\"))
+    before = os.path.getmtime(path)
+    assert scale.make_root(str(tmp_path), 300, 2000) == root and os.path.getmtime(path) == before  # made once
+
+
+def test_made_vectors(tmp_path):
+    array = np.load(scale.make_vectors(str(tmp_path), 1000, 16, block=300))
+    assert array.shape == (1000, 16) and array.dtype == np.float16 and abs(array.std() - 1) < 0.05
+    assert len(np.unique(array[:, 0])) > 500  # no block is written twice
+
+
+def test_stream_and_search_are_measured(tmp_path, capsys, monkeypatch):
+    readers = {"json": ("import json; count = len(json.loads(data))", 1e9), "csv": ("", 10)}
+    monkeypatch.setattr(scale, "LIBRARIES", readers)
+    scale.main(["--folder", str(tmp_path), "--parts", "stream,search,retrieval", "--entries", "200", "--repeat", "1",
+                "--vectors", "900", "--dim", "8", "--queries", "40", "--out", str(tmp_path / "out.json")])
+    result, text = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert result["stream"]["prepare.stream_json"]["count"] == result["stream"]["json"]["count"] == 200
+    assert "csv" not in result["stream"]  # the file is larger than that one may read
+    assert result["search"]["ratio"] > 0 and result["retrieval"]["entities"] == 300
+    assert "ours has 1.00 and 1.00 of its speed" in text and "71,335 pools in" in text
+
+
+def test_a_reader_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scale, "LIBRARIES", {"json": ("raise MemoryError('too big')", 1e9)})
+    monkeypatch.setattr(scale, "OURS", "count = 5")
+    result = scale.measure_stream(scale.make_root(str(tmp_path), 5, 500), 1)
+    assert list(result) == ["bytes", "prepare.stream_json"] and "too big" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [(["--parts", "speed"], "expected a comma list out of stream, scan"),
+                                                (["--entries", "0"], "--entries must be at least 1")])
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        scale.parse_args(arguments)
+    assert message in capsys.readouterr().err
