@@ -130,7 +130,8 @@ def test_make_data_train_eval(whole):
         assert (folder / "runs/world" / name).stat().st_size > 0
     assert not list(folder.rglob("*.tmp"))
     metrics = json.loads((folder / "runs/world/eval/metrics.json").read_text())
-    assert list(metrics["methods"]) == ["full", "random", "center", "zeroshot", "always", "policy", "oracle"]
+    assert list(metrics["methods"]) == ["full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy",
+                                        "policy+best4", "policy+fuse", "oracle"]
     assert metrics["queries"] == 12 and metrics["K"] == 20
     # These hold for every world and every policy, however little it was trained.
     rows = metrics["methods"]
@@ -238,7 +239,7 @@ def test_unknown_policy_is_refused(whole, fresh):
     copy(source, fresh, "data")
     process = stage(fresh, "train", "--policy", "mini/nobody")
     assert process.returncode == 1 and "no policy 'mini/nobody'" in process.stderr
-    assert not (fresh / "runs").exists()
+    assert [path.name for path in (fresh / "runs/world").iterdir()] == ["lock"]  # taken before the models are loaded
 
 
 def test_the_readmes_figure_is_drawn_from_a_real_group(whole, tmp_path):
@@ -251,3 +252,41 @@ def test_the_readmes_figure_is_drawn_from_a_real_group(whole, tmp_path):
         assert picture.size[0] > 1200 and len(picture.convert("RGB").getcolors(256)) > 50
     bad = run(folder, sys.executable, "-m", "tools.figure", "--query", "999", "--out", tmp_path / "no.png")
     assert bad.returncode == 1 and "--query 999: a row from 0 to" in bad.stderr and not (tmp_path / "no.png").exists()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_commands_of_the_readme_run(whole, tmp_path):
+    """What the README asks for after `make data train eval`, in a copy of that folder."""
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    commands = ["python -m tools.rerank --query E-VQA_test_9",
+                "python -m tools.rerank --batch runs/world/eval/test.full.trec --out out.jsonl",
+                "python policy.py --adapter runs/world/adapter --merge merged"]
+    for command in commands:
+        assert command in README
+        ok(run(folder, *command.replace("python", sys.executable, 1).split()))
+    assert len((folder / "out.jsonl").read_text().splitlines()) == 12 and (folder / "merged/config.json").exists()
+    ok(make(folder, "report", "card", "REPORT_FLAGS=--resamples 200"))
+    assert "Region-R1" in (folder / "runs/world/report/report.html").read_text()
+    assert "base_model" in (folder / "runs/world/adapter/README.md").read_text()
+
+
+def test_python_of_the_readme_runs(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    for name, entry in zip(("q.jpg", "tower.jpg", "other.jpg"), sorted((folder / "raw/world/inat/val").rglob("*.jpg"))):
+        shutil.copy2(entry, folder / name)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        ok(run(folder, sys.executable, "-c", block))
+    assert (folder / "seen.png").exists()
+
+
+def test_fields_of_the_log_are_in_the_readme(whole):
+    rows = README[README.index("Fields of `log.jsonl`"):README.index("## Paper, release, this project")]
+    explained = {name for row in re.findall(r"^\| (`.*?`) \|", rows, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    lines = [json.loads(line) for line in (whole[0] / "runs/world/log.jsonl").read_text().splitlines()]
+    written = set().union(*lines)
+    assert written <= explained, f"not in the README: {written - explained}"
+    assert explained - written <= {"warnings"}, f"in the README only: {explained - written}"
