@@ -563,15 +563,21 @@ def describe(told):
     return {**log, "p_region": float(np.mean(p)) if p else None}  # the crop rate that the policy itself would have
 
 
+def answered_at_once(args):
+    """Queries of a batch in `validate`: few enough that what fits a step fits this, at most 32."""
+    return min(32, 2 * args.queries)
+
+
 def validate(policy, scorer, data, args):
     """Greedy answers to the first --val-queries val queries: MRR, CondR@1 (None without a positive) and crop rate."""
     everyone = list(range(min(args.val_queries, len(data.queries))))
     rows = share(everyone)
     ranked = []  # per query: its scores [K] and whether it was cropped
-    for start in range(0, len(rows), 32):
-        part = rows[start:start + 32]
+    batch = answered_at_once(args)
+    for start in range(0, len(rows), batch):
+        part = rows[start:start + batch]
         images = [data.open_image(i) for i in part]
-        actions = policy.act(images, [data.queries[i].question for i in part], args.decode, batch_size=32)
+        actions = policy.act(images, [data.queries[i].question for i in part], args.decode, batch_size=batch)
         found = score_views(data, scorer, part, images, [[a] for a in actions])  # [1, K] each
         ranked += [(s[0].tolist(), a.decision == "REGION") for s, a in zip(found, actions)]
     ranked, crops = zip(*unshare(ranked))
@@ -676,7 +682,7 @@ def memory_forecast(policy, scorer, args, tokens, patches, side):
         "update": sum(saved.values()) + beside + min(vocabulary, 1) * 512 * vocabulary * 24,
         "scorer's crops": scorer.activation_bytes(queries * written)}
     if args.eval_every:
-        comes["evaluation"] = answering(32, 1)
+        comes["evaluation"] = answering(answered_at_once(args), 1)
     return stays, comes
 
 

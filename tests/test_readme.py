@@ -11,8 +11,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import train
+from policy import Policy
+from scorer import EvaClip, EvaClipConfig, EvaClipScorer
+from tools import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,3 +72,32 @@ def test_files_that_are_named_exist():
     named = set(re.findall(r"`((?:mini/|tools/|tests/)?\w+\.(?:py|html))`", ours)) | {"figures/loop.png"}
     known = {path.name for folder in ("mini", "tools") for path in (ROOT / folder).iterdir()}
     assert len(named) > 8 and {name for name in named if not (ROOT / name).exists() and name not in known} == set()
+
+
+def forecast(micro, checkpointing):
+    """GiB that train.py would forecast for Qwen2.5-VL-3B and EVA-CLIP-8B at the paper's shape, without their weights."""
+    processor = bench.build_processor(1024)
+    config = bench.build_config("3b", processor.tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        tower = EvaClip(EvaClipConfig(), ("visual",)).to(torch.bfloat16)
+    policy = Policy(model.requires_grad_(False), processor, "3b", "")
+    policy.add_lora()
+    scorer = EvaClipScorer.__new__(EvaClipScorer)
+    vars(scorer).update(model=tower, batch_size=64, dtype=torch.bfloat16, image_hw=tower.config.image_hw)
+    args = train.parse_args(["--preset", "paper", "--queries", "4", "--micro", str(micro)]
+                            + ["--checkpointing"] * checkpointing)
+    # As if it were on a card: there is none here, and arithmetic needs none.
+    on_card = SimpleNamespace(model=model, lora=policy.lora, grammar=policy.grammar, tower_adapted=True,
+                              device=torch.device("cuda"), lora_parameters=policy.lora_parameters)
+    # 1,024 image tokens are 4,096 patches of an image of 896 x 896 pixels; Table 10 and a question take 438 more.
+    stays, comes = train.memory_forecast(on_card, scorer, args, 1462, 4096, 896)
+    return (sum(stays.values()) + max(comes.values())) / 2**30
+
+
+@pytest.mark.parametrize("micro, checkpointing, stated", [
+    (1, False, "39 GiB with `--micro 1`"), (1, True, "23 GiB with `--checkpointing`")])
+def test_memory_as_the_readme_states_it(micro, checkpointing, stated):
+    """The forecast for the published sizes. What a card really takes has to be measured on one."""
+    assert stated in TEXT
+    assert round(forecast(micro, checkpointing)) == int(stated.split()[0])
