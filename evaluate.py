@@ -30,6 +30,7 @@ import base64
 import csv
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -99,6 +100,8 @@ def parse_args(argv=None):
     models.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 ...")
     models.add_argument("--batch-size", type=int, default=64, help="queries a step, 1 or more; memory, not results")
     parser.add_argument("--sheet", type=int, default=12, help="queries on the before/after picture, 0 = no picture")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also show the numbers in this project of Weights & Biases "
+                                                           "(pip install wandb); metrics.json always has them")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1578,10 +1581,29 @@ def run_models(args, folder):
     return outcome.result
 
 
+def import_wandb():
+    """The module. Refused, before any work is done, where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise Refused(f"--wandb needs the package wandb ({error}): pip install wandb, or leave the flag out; "
+                      "metrics.json has the same numbers") from error
+
+
+def show(wandb, project, result):
+    """Every method's means in a run of its own kind: "<split>/<method>/MRR" and so on."""
+    run = wandb.init(project=project, name=os.path.basename(result["run"]), job_type="evaluate",
+                     config={key: result[key] for key in ("data", "split", "scorer", "decode", "seed", "threshold")})
+    run.log({f"{result['split']}/{name}/{key}": value for name, row in result["methods"].items()
+             for key, value in row.items() if isinstance(value, (int, float))})
+    run.finish()
+
+
 def main(argv=None):
     args = parse_args(argv)
     folder = args.out or os.path.join(args.run, "eval")
     try:
+        wandb = import_wandb() if args.wandb else None
         if args.from_rows:
             result = outside(from_rows, folder, args.split)
             write_json(os.path.join(folder, "metrics.json"), result)
@@ -1590,6 +1612,8 @@ def main(argv=None):
     except Refused as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     print(report(result))
+    if wandb:
+        show(wandb, args.wandb, result)
     print(f"wrote to {folder}: metrics.json" if args.from_rows else f"wrote to {folder}: metrics.json, {args.split}."
           f"<method>.jsonl, .csv and .trec, {args.split}.qrels"
           + (f", {args.split}.sheet.png" if os.path.isfile(f"{folder}/{args.split}.sheet.png") else ""))

@@ -739,3 +739,22 @@ def test_scores_in_rows_are_the_scores():
     row = evaluate.make_rows(data, [evaluate.FULL_IMAGE], found, found)[0]
     assert np.float32(json.loads(json.dumps(row["scores"]))).tolist() == found[0].tolist()
     assert list(row) == list(evaluate.ROW_FIELDS)
+
+
+def test_wandb_gets_the_means_or_is_asked_for(world, monkeypatch, capsys):
+    arguments, _ = world
+    real, told = evaluate.importlib.import_module, []
+    run = SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
+    tracker = SimpleNamespace(init=lambda **settings: told.append(settings) or run)
+    monkeypatch.setattr(evaluate.importlib, "import_module", lambda name: tracker if name == "wandb" else real(name))
+    result = run_main(arguments, "--wandb", "crops")
+    settings, numbers, end = told
+    assert settings["project"] == "crops" and settings["config"]["split"] == "test" and end == "finished"
+    assert numbers["test/policy/MRR"] == result["methods"]["policy"]["MRR"]
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
+
+    def missing(name):
+        raise ImportError("no such package")
+    monkeypatch.setattr(evaluate.importlib, "import_module", missing)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        run_main(arguments, "--wandb", "crops")
