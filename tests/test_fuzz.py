@@ -146,7 +146,7 @@ def floats(value):
         return {key: floats(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [floats(entry) for entry in value]
-    return float(value) if type(value) is int else value
+    return value + 0.0 if type(value) in (int, float) else value  # -0 is 0 as an int and -0.0 as a float
 
 
 # ---- pool files ------------------------------------------------------------------------------------------------------
