@@ -30,6 +30,7 @@ import base64
 import csv
 import dataclasses
 import hashlib
+import http.client
 import importlib
 import io
 import json
@@ -93,7 +94,8 @@ def parse_args(argv=None):
     models.add_argument("--policy", help="model id or folder of the policy; default: the one the run was trained from")
     models.add_argument("--scorer", help="scorer; default: the one the data was prepared with (another is refused)")
     models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
-                        help="of the scorer's weights; default: bfloat16 on CUDA, else float32")
+                        help="of the scorer's weights; default: as the data was prepared with --scorer-dtype, else "
+                             "bfloat16 on CUDA, float32 elsewhere")
     models.add_argument("--decode", choices=("grammar", "free"),
                         help="grammar: only the decision and the digits are choices; free: any text, then parsed; "
                              "default: as the run was trained, else grammar")
@@ -176,7 +178,8 @@ def wrong_flags(args):
     if args.methods and "policy" not in args.methods and any(further.values()):
         return f"{', '.join(flag for flag, given in further.items() if given)}: need method policy"
     further |= {"--test-scorer": args.test_scorer, "--proxy": args.proxy, "--run-file": args.run_file,
-                "--zeroshot-policy": args.zeroshot_policy, "--methods": args.methods}
+                "--zeroshot-policy": args.zeroshot_policy, "--methods": args.methods,
+                "--threshold": args.threshold != 0.5, "--limit": args.limit, "--seed": args.seed}
     if args.from_rows and any(further.values()):
         return f"--from-rows takes what is saved, without {', '.join(flag for flag, given in further.items() if given)}"
     return None
@@ -220,16 +223,17 @@ def read_truth(data):
     path = os.path.join(data.root, "truth.jsonl")
     if not os.path.isfile(path):
         return None
-    rows = {query.image: i for i, query in enumerate(data.queries)}
-    truth = {}
+    rows, truth = {}, {}
+    for i, query in enumerate(data.queries):  # several questions may be asked about one image
+        rows.setdefault(query.image, []).append(i)
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             fact = json.loads(line)
             missing = {"image", "box", "kind"} - fact.keys()
             if missing or len(fact["box"]) != 4:
                 raise ValueError(f"{path}:{number}: needs image, kind and a box of 4 numbers; draw the world again")
-            if fact["image"] in rows:
-                truth[rows[fact["image"]]] = {**fact, "box": tuple(fact["box"])}
+            for i in rows.get(fact["image"], ()):
+                truth[i] = {**fact, "box": tuple(fact["box"])}
     return truth
 
 
@@ -392,8 +396,9 @@ def best_boxes(policy, data, actions, count, seed, batch_size, progress, images)
         # The decision's log-probability is in every sum, the same for all: the order is the box's alone.
         best = [max(group, key=lambda completion: sum(completion.log_probs)).action for group in groups]
         progress.add(name, {i: [a.decision, a.box, a.p_region, a.text, seconds] for i, a in zip(rows, best)})
-    return [read_action(progress.get(name, i), False, None) if progress.get(name, i) else action
-            for i, action in enumerate(actions)]
+    # `progress` may hold samples for a query that is FULL here: of a run that was killed at a lower threshold.
+    return [read_action(progress.get(name, i), False, None) if action.decision == "REGION" and progress.get(name, i)
+            else action for i, action in enumerate(actions)]
 
 
 def center_box(size, fraction):
@@ -602,13 +607,18 @@ def read_run(path):
         keys = entry.keys() if isinstance(entry, dict) else ()
         if "retrieved_entities" in keys:
             kinds.add("omgm")
-            ranked[query] = [entity["url"] for entity in entry["retrieved_entities"]]
+            listed = entry["retrieved_entities"]
+            ranked[query] = [entity.get("url") if isinstance(entity, dict) else None for entity in listed] \
+                if isinstance(listed, list) else None
         elif {"reranked_entries", "retrieved_entries"} & keys:
             kinds.add("echosight")
-            ranked[query] = entry.get("reranked_entries") or entry["retrieved_entries"]
+            ranked[query] = entry.get("reranked_entries") or entry.get("retrieved_entries")
         else:
             raise ValueError(f"{path}: query {query!r} has none of reranked_entries, retrieved_entries (EchoSight) and "
                              "retrieved_entities (OMGM): this is another file of theirs")
+        if not isinstance(ranked[query], list) or not all(isinstance(url, str) for url in ranked[query]):
+            raise ValueError(f"{path}: query {query!r}: its entities must be a list of urls (of objects with a \"url\" "
+                             "in OMGM's form)")
     return " and ".join(sorted(kinds)), ranked
 
 
@@ -760,13 +770,16 @@ def ask_judge(url, model, key, image, question, patience=(1, 5, 20)):
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 said = json.load(answer)["choices"][0]["message"]["content"] or ""
+            if not isinstance(said, str):
+                raise TypeError(f"the answer's content is a {type(said).__name__}, not a text")
             words = re.findall(r"\b(yes|no)\b", said.lower())
             return words[0] == "yes" if words and len(set(words)) == 1 else None
         except urllib.error.HTTPError as error:
             problem = f"{error.code} {error.reason}: {error.read(300).decode('utf-8', 'replace')}"
             if error.code < 500 and error.code not in (408, 429):  # a wrong key or model gets no better by waiting
                 break
-        except (OSError, KeyError, IndexError, TypeError, ValueError) as error:  # URLError is an OSError
+        # URLError is an OSError; HTTPException, of an answer that breaks off, is none.
+        except (OSError, http.client.HTTPException, KeyError, IndexError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
         if wait is not None:
             time.sleep(wait)
@@ -1242,11 +1255,18 @@ def sheet_row(data, i, action, before, after, truth, side):
         draw.rectangle(action.box, outline="red", width=line)
     # A stable argmax of scores is the first of equals: the pool's order, as everywhere.
     places = [int(np.argmax(before)), int(np.argmax(after)), int(np.argmax(query.labels))]
-    pictures = [marked, view]
-    for k in places:
-        with Image.open(data.candidate_image_path(query.pool_image[k])) as candidate:
-            pictures.append(candidate.convert("RGB"))
-    return [thumbnail(picture, side) for picture in pictures]
+    candidates = [candidate_picture(data.candidate_image_path(query.pool_image[k])) for k in places]
+    return [thumbnail(picture, side) for picture in (marked, view, *candidates)]
+
+
+def candidate_picture(path):
+    """A candidate's image, grey where it cannot be read: only this sheet looks at it, and an evaluation of hours is
+    worth more than its picture. prepare.py read it, so it was moved or damaged since."""
+    try:
+        return read_image(path)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"note: grey on the sheet: {error}")
+        return Image.new("RGB", (8, 8), "grey")
 
 
 def contact_sheet(data, actions, full_scores, method_scores, labels, truth, count, side=150, unreadable=()):
@@ -1361,11 +1381,11 @@ def query_seconds(name, actions, args, progress, spent):
     encoding. None where nothing was computed. Loading images and searching the pool are not counted."""
     method = name.partition("+")[0]
     asked = [pass_of(method, args.decode)] if method in ASKS else []
-    if name.startswith("policy+best"):
-        asked.append(f"best{args.samples} seed{args.seed}")
+    sampled = [f"best{args.samples} seed{args.seed}"] if name.startswith("policy+best") else []
     seconds = []
     for i, action in enumerate(actions):
-        parts = [value[-1] for value in (progress.get(source, i) for source in asked) if value]
+        sources = asked + (sampled if action.decision == "REGION" else [])  # as in best_boxes
+        parts = [value[-1] for value in (progress.get(source, i) for source in sources) if value]
         parts += [spent[i, action.box]] if (i, action.box) in spent else []
         seconds.append(sum(parts) if parts else None)
     return seconds
@@ -1391,7 +1411,8 @@ def rescore_all(data, actions, known, args, images, about):
     rescored = {}
     for name in args.test_scorer:
         scorer = outside(load_scorer, name, args.device)
-        found = rescore(data, scorer, chosen, images, args.batch_size)
+        # It reads all candidates' images anew, so one that is gone since prepare.py shows here, and only here.
+        found = outside(rescore, data, scorer, chosen, images, args.batch_size)
         tag = slug(scorer.identity)
         if tag in rescored:  # two folders of one name
             tag = slug(scorer.identity.replace("@", "-") + "@")
@@ -1463,7 +1484,9 @@ def open_all(args):
     if args.decode == "free" and (args.samples or args.threshold != 0.5):
         raise ValueError("--samples and --threshold need p(REGION | x), which only --decode grammar knows exactly")
     external, matches = open_runs(data, args.run_file)
-    scorer = load_scorer(args.scorer or data.manifest["scorer_name"], args.device, args.scorer_dtype)
+    # Crops are compared with stored full images: rounded otherwise, they would differ from them by that alone.
+    dtype = args.scorer_dtype or data.manifest.get("args", {}).get("scorer_dtype")
+    scorer = load_scorer(args.scorer or data.manifest["scorer_name"], args.device, dtype)
     load_data(args.data, args.split, scorer.identity)  # refuses a scorer that did not make these pools
     policies, name = {}, args.policy or config.get("policy")
     if args.zeroshot_policy:
@@ -1516,15 +1539,16 @@ def open_policy(name, config, args, trained):
     """The policy as it was trained: prompt and image size from the run's config, the adapter where it is needed."""
     settings = config.get("args", {})
     return load_policy(name, adapter=os.path.join(args.run, "adapter") if trained else None, device=args.device,
-                       max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(settings))
+                       max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config))
 
 
-def read_prompt(settings):
-    """The system prompt that the run was trained with, or None for the model's own."""
-    if not settings.get("system_prompt"):  # a file's name; the text may be long
-        return None
-    with open(settings["system_prompt"], encoding="utf-8") as file:
-        return file.read()
+def read_prompt(config):
+    """The system prompt that the run was trained with, or None for the model's own. config: of open_run."""
+    file = config.get("args", {}).get("system_prompt")
+    if "system_prompt" in config or not file:
+        return config.get("system_prompt")
+    with open(file, encoding="utf-8") as text:  # a run of before its config held the text
+        return text.read()
 
 
 def open_progress(folder, data, args, about):

@@ -277,7 +277,10 @@ class LoraLinear(nn.Module):
 # What an adapter_config.json may say that this file does not do; silently ignoring one would give other logits.
 UNSUPPORTED = ("use_rslora", "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
                "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora",
-               "alora_invocation_tokens")
+               "alora_invocation_tokens", "target_parameters", "use_bdlora", "kasa_config", "monteclora_config")
+# Ways to begin that leave the base weights as they are. The others (pissa, olora, loftq, corda ...) take the start of
+# B A off W, and peft does so again when it loads: B A on the plain W would be another model.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_adapter(folder):
@@ -300,6 +303,8 @@ def read_adapter(folder):
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{paths[0]} is no adapter's config ({type(error).__name__}: {error})") from error
     unknown = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        unknown.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
         raise ValueError(f"{paths[0]}: only plain LoRA without bias is read here; found peft_type "
                          f"{config.get('peft_type')!r}, bias {config.get('bias')!r}, {unknown}")
@@ -710,11 +715,14 @@ class Policy:
     def load_adapter(self, folder):
         """Read an adapter in peft's format, adding LoRA where the policy has none. ValueError if it does not fit."""
         settings, weights = read_adapter(folder)
-        linear = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        # Not lm_head: `choice_log_probs` reads its rows as they are, so LoRA there would be passed over or break it.
+        linear = {name for name, module in self.model.named_modules()
+                  if isinstance(module, nn.Linear) and name != "lm_head"}
         if not self.layers:
             missing = [name for name in weights if name not in linear]
             if missing:
-                raise ValueError(f"{folder}: {self.name!r} has no linear layer {missing[0]!r}; wrong base model?")
+                raise ValueError(f"{folder}: {self.name!r} has no linear layer {missing[0]!r} that could take LoRA; "
+                                 "wrong base model? (lm_head takes none here)")
             self._wrap(list(weights), settings, seed=0)
         same = all(settings[key] == self.lora[key] for key in ("r", "alpha"))
         if set(weights) != set(self.layers) or not same:
@@ -796,9 +804,12 @@ class Policy:
 
     def _features(self, prompts):
         """Image tokens of each prompt after the vision tower: B x [G, D]."""
+        # Once a query, however many rows it has here: free decoding with forced decisions has up to three.
+        distinct = list({id(prompt): prompt for prompt in prompts}.values())
         if self.tower_adapted:
-            return self._see(prompts)
-        new = [prompt for prompt in prompts if prompt.features is None]
+            seen = dict(zip(map(id, distinct), self._see(distinct)))
+            return [seen[id(prompt)] for prompt in prompts]
+        new = [prompt for prompt in distinct if prompt.features is None]
         if new:
             with torch.no_grad():
                 for prompt, features in zip(new, self._see(new)):
@@ -1206,16 +1217,38 @@ def parse_args(argv=None):
     parser.add_argument("--adapter", required=True, help="folder in peft's format, such as runs/world/adapter")
     parser.add_argument("--merge", required=True, metavar="OUT", help="new folder for the whole model")
     parser.add_argument("--policy", help="base model, id or folder; default: the one that the adapter names")
+    parser.add_argument("--system-prompt", metavar="FILE",
+                        help="text that the adapter was trained under; default: that of its run, else the base model's")
+    parser.add_argument("--max-pixels", type=int,
+                        help="area in pixels that images were shrunk to; default likewise")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
                         help="of the weights written; the published checkpoints are bfloat16")
     return parser.parse_args(argv)
+
+
+def trained_under(args):
+    """(system prompt or None, image area or None) of the adapter: from the flags, else from the run it lies in.
+
+    An adapter alone knows neither, and a merged model that asks in other words than it was taught answers worse.
+    """
+    path, run = os.path.join(os.path.dirname(os.path.abspath(args.adapter)), "config.json"), {}
+    if os.path.isfile(path):  # not a stranger's adapter, but a run of train.py
+        with open(path, encoding="utf-8") as file:
+            run = json.load(file).get("args", {})
+    prompt = args.system_prompt or run.get("system_prompt")  # a file's name, in the run as in the flag
+    if prompt:
+        with open(prompt, encoding="utf-8") as file:
+            prompt = file.read()
+    return prompt or None, args.max_pixels or run.get("max_pixels")
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
         base = args.policy or adapter_base(args.adapter)
-        policy = load_policy(base, args.adapter, dtype=getattr(torch, args.dtype))
+        prompt, pixels = trained_under(args)
+        policy = load_policy(base, args.adapter, dtype=getattr(torch, args.dtype), max_pixels=pixels,
+                             system_prompt=prompt)
         policy.save_merged(args.merge)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         raise SystemExit(f"policy.py: {error}") from error

@@ -270,19 +270,29 @@ def read_csv(path, limit=None, columns=COLUMNS):
 
 def read_jsonl(path, fields, limit=None):
     """Yield (line number, dict) of a file of JSON lines, plain or .gz. fields: str-valued keys that must be there."""
+    for number, line in enumerate(_lines(path), 1):
+        if limit is not None and number > limit:
+            return
+        if not line.strip():  # as after a last line that ends twice
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON ({error}); was it copied to its end?") from error
+        if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
+            raise ValueError(f"{path}:{number}: field {', '.join(missing)} is missing or no text; is this the file "
+                             "that its name says?")
+        yield number, row
+
+
+def _lines(path):
+    """Lines of a file, plain or .gz, as bytes. ValueError naming the file where a .gz is damaged or cut short."""
     opener = gzip.open if path.endswith(".gz") else open
     with opener(needed(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and number > limit:
-                return
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}:{number}: not a line of JSON ({error}); was it copied to its end?") from error
-            if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
-                raise ValueError(f"{path}:{number}: field {', '.join(missing)} is missing or no text; is this the file "
-                                 "that its name says?")
-            yield number, row
+        try:
+            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: {error}; was it copied to its end?") from error
 
 
 # ------------------------------------------------------------------------------------------- questions and their images
@@ -463,6 +473,15 @@ def find_images(args, collection, wanted):
     return {}, "image missing"
 
 
+def inside_root(args, path, where):
+    """The path of a query's image again; ValueError where no pool file can name it, now and not after a day of
+    embedding: write_pool refuses paths out of the root, and such as are no UTF-8."""
+    if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/") or "\0" in path or whole(path) != path:
+        raise ValueError(f"{where}: its image {path!r} is not inside {args.root}, or its name is not UTF-8. Pools name "
+                         "images below the root: make a link there to a folder that lies elsewhere (ln -s)")
+    return path
+
+
 def resolve_images(args, rows, drops):
     """Give each Row its image; rows and drops: {split: ...}. Returns {split: rows that have one}."""
     wanted = {}
@@ -473,8 +492,10 @@ def resolve_images(args, rows, drops):
     for split, row in ((split, row) for split in rows for row in rows[split]):
         paths, reason = found[row.collection]
         ids = row.image_ids if args.query_image == "any" else row.image_ids[:1]
+        if len(ids) > 1:  # iNaturalist's json names files that may not be there; if none is, embed says "image missing"
+            ids = [i for i in ids if i in paths and os.path.isfile(os.path.join(args.root, paths[i]))] or ids
         if there := [paths[i] for i in ids if i in paths]:
-            row.image = there[0]
+            row.image = inside_root(args, there[0], row.where)
             kept[split].append(row)
         else:
             drops[split].add(reason, f"{row.where}: {row.collection} {row.image_ids[0]!r}")
@@ -753,6 +774,9 @@ def join_workers():
     if world > 1:
         # gloo, as nothing but barriers is sent; and a week, as the others wait while rank 0 retrieves.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        # torchrun gives each process one thread unless told otherwise; rank 0 searches alone, while the others wait.
+        if os.environ.get("RANK") == "0" and os.environ.get("OMP_NUM_THREADS") == "1":
+            faiss.omp_set_num_threads(os.cpu_count() or 1)
     return Workers(int(os.environ.get("RANK", 0)), world)
 
 
@@ -762,10 +786,11 @@ def work_folder(args):
 
 
 def device_of(args, workers):
-    if args.device != "auto":
+    if args.device not in ("auto", "cuda") or (args.device == "cuda" and workers.world == 1):
         return args.device
-    if not torch.cuda.is_available():
+    if args.device == "auto" and not torch.cuda.is_available():
         return "cpu"
+    # Plain "cuda" too: of several processes each would put its 16 GB of weights on the first card.
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if workers.world > 1 else "cuda"
 
 
@@ -815,8 +840,8 @@ class Shards:
 def embed(args, scorer, workers, name):
     """Lines of work/{name}.jsonl -> Shards, this process embedding those of its rank that are not there yet.
 
-    Called by all processes in the same order. A shard is reused when its key is the same: scorer, kind of device, and
-    for each image path, size and time of change, for each text the text.
+    Called by all processes in the same order. A shard is reused when its key is the same: scorer, its dtype, kind of
+    device, and for each image path, size and time of change, for each text the text.
     """
     workers.barrier()  # rank 0 has written the lines
     work = work_folder(args)
@@ -841,14 +866,15 @@ def embed(args, scorer, workers, name):
 
 def shard_key(args, scorer, items, images):
     """Names all that the features of a shard depend on."""
-    digest = hashlib.blake2b(f"{SHARD_VERSION} {scorer.identity} {torch.device(scorer.device).type}".encode(),
-                             digest_size=16)
+    # The identity is that of the files: the same weights in bfloat16 give features that differ in the third digit.
+    digest = hashlib.blake2b(f"{SHARD_VERSION} {scorer.identity} {torch.device(scorer.device).type} {scorer.dtype}"
+                             .encode(), digest_size=16)
     for item in items:
         if images:
             try:
                 stat = os.stat(os.path.join(args.root, item))
                 item = f"{item}\0{stat.st_size}\0{stat.st_mtime_ns}"
-            except (FileNotFoundError, NotADirectoryError):
+            except (OSError, ValueError):  # not there; also a name too long for a file system, or with a zero byte
                 item = f"{item}\0missing"
         digest.update(item.encode("utf-8", "surrogatepass") + b"\0\0")
     return digest.hexdigest()
@@ -1050,16 +1076,19 @@ def pick_entities(found, todo, cosines, rows, kb_entity, depth, total):
     for i, cosine, row in zip(todo, cosines, rows, strict=True):
         order = np.lexsort((row, -cosine))  # faiss leaves the order of equal cosines open
         order = order[row[order] >= 0]      # an approximate index fills up with -1
-        order = order[kb_entity[row[order]] >= 0]
+        place = np.flatnonzero(kb_entity[row[order]] >= 0)  # counted among all images, also those of no entity
+        order = order[place]
         entity = kb_entity[row[order]]
         first = np.sort(np.unique(entity, return_index=True)[1])[:k]  # best image of each entity, best entity first
-        if len(first) < k and depth < total:
+        # An image that thousands of entities share (a map, a flag) ties with itself: unless the search saw all of them,
+        # which ones it saw is chance, and differs between faiss, the blocks and CUDA.
+        if depth < total and (len(first) < k or cosine[order[first[-1]]] <= cosine.min()):
             unfinished.append(i)
         elif len(first) < k:
             raise ValueError(f"the index holds {len(np.unique(kb_entity[kb_entity >= 0]))} entities, a pool needs {k} "
                              f"and {len(first)} were found: lower --k (or raise --probes)")
         else:
-            for array_, values in zip(found, (entity, row[order], cosine[order], np.arange(len(order))), strict=True):
+            for array_, values in zip(found, (entity, row[order], cosine[order], place), strict=True):
                 array_[i] = values[first]
     return np.array(unfinished, np.int64)
 
@@ -1152,7 +1181,12 @@ def echosight_index(args, dim, scan):
     """EchoSight's folder -> (faiss index, ids [M]: of each vector, the place of its entity in the knowledge base)."""
     path = needed(os.path.join(args.echosight, "kb_index.faiss"))
     # Mapped, not loaded: E-VQA's is 26 GB.
-    index = faiss.read_index(path, getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
+    try:
+        index = faiss.read_index(path, getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: faiss cannot read it ({error}); fetch it again") from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:  # of distances the largest would rank first
+        raise ValueError(f"{path} is no index of inner products, as EchoSight's is")
     ids = read_ids(os.path.join(args.echosight, "kb_index_ids.pkl"))
     if index.d != dim or index.ntotal != len(ids):
         raise ValueError(f"{path}: {index.ntotal} vectors of {index.d} numbers, but {len(ids)} ids and a scorer of "
@@ -1274,7 +1308,7 @@ def make_pools(args, split, kb, rows, full, drops):
         # miss counts as 0, and dropping it would flatter every method. Mined pools have their positive or are none.
         if usable[i] and (split != "train" or labels[i].any()):
             keep.append(i)
-        elif positives[i] < 0:
+        elif positives[i] < 0 and row.positive not in kb.unused:
             drops.add("positive not in the knowledge base", f"{row.where}: {row.positive}")
         else:
             drops.add("positive not in the pool" if usable[i] else "too few negatives as similar as the positive",
@@ -1293,6 +1327,7 @@ class KB:
     device: str
     index: object = None         # with .ntotal and .search
     pools: dict | None = None    # EchoSight's: {split: found}
+    unused: set = frozenset()    # EchoSight's: keys of entities that are there, but in no pool, so not embedded
     notes: dict = field(default_factory=dict)  # about the index, for the manifest
 
 
@@ -1383,7 +1418,9 @@ def echosight_pools(args, kb, echo, scan, entity_of, questions, queries):
 
 def has_index(args):
     """Whether an index.faiss is written."""
-    return args.pool == "retrieved" and args.index != "blocks" and not args.echosight
+    # Not with mean: average_images replaces the rows that the index was made of, so its numbers would name others.
+    return (args.pool == "retrieved" and args.index != "blocks" and not args.echosight
+            and args.candidate_image != "mean")
 
 
 def make_index(args, kb, queries):
@@ -1393,11 +1430,12 @@ def make_index(args, kb, queries):
         kb.index = blocks
         return
     index = build_index(kb.image, args.index, args.probes)
-    with replacing(os.path.join(args.out, "index.faiss")) as temporary:
-        try:
-            faiss.write_index(index, temporary)
-        except RuntimeError as error:  # faiss has no error of its own for a full disk
-            raise OSError(errno.ENOSPC, f"index.faiss cannot be written ({error})") from error
+    if has_index(args):
+        with replacing(os.path.join(args.out, "index.faiss")) as temporary:
+            try:
+                faiss.write_index(index, temporary)
+            except RuntimeError as error:  # faiss has no error of its own for a full disk
+                raise OSError(errno.ENOSPC, f"index.faiss cannot be written ({error})") from error
     on_cuda = args.index == "flat" and torch.device(kb.device).type == "cuda"
     kb.index = blocks if on_cuda else index  # faiss-cpu's flat index and the blocks find the same
     if args.index != "flat":
@@ -1416,7 +1454,7 @@ def write_split(args, split, kb, questions, shards):
     write_pool(os.path.join(args.out, f"{split}.jsonl"), pools)
     return {"file": os.path.basename(question_file(args, split)), "rows_read": questions.read, "kept": len(pools),
             "with_positive": int(pools.labels[pools.keep].sum()),
-            "positive_in_kb": sum(rows[i].positive in kb.known for i in pools.keep),
+            "positive_in_kb": sum(rows[i].positive in kb.known or rows[i].positive in kb.unused for i in pools.keep),
             "dropped": dict(questions.drops.counts), "first_dropped": questions.drops.first}
 
 
@@ -1470,6 +1508,7 @@ def prepare(args):
         check_disk(args, scorer.dim, scan, questions)
     queries = {split: embed(args, scorer, workers, f"query-{split}") for split in args.splits}
     if args.echosight and workers.rank == 0:
+        listed = set(scan.known)
         echo = search_echosight(args, scorer.dim, scan, questions, queries, kb_drops)
         scan = echo[-1]
     images, texts = embed(args, scorer, workers, "kb_image"), embed(args, scorer, workers, "kb")
@@ -1480,6 +1519,7 @@ def prepare(args):
             np.load(os.path.join(args.out, "kb_entity.npy")),
             {key: int(entity_of[j]) for key, j in scan.known.items() if entity_of[j] >= 0}, str(scorer.device))
     if echo:
+        kb.unused = listed - scan.known.keys()
         echosight_pools(args, kb, echo, scan, entity_of, questions, queries)
     elif args.pool == "retrieved":
         last = queries[args.splits[-1]]

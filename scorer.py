@@ -794,7 +794,8 @@ def image_size(path):
     """(width, height) of the image that read_image would give, from the header alone. Raises what Pillow does."""
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter: sides change places
-        return image.size[::-1] if turned else image.size
+        # Pillow turns a TIFF itself, and says its upright size as soon as it is open.
+        return image.size[::-1] if turned and image.format != "TIFF" else image.size
 
 
 # ------------------------------------------------------------------------------------------------------- Eq. 1 to 4
@@ -1245,7 +1246,7 @@ class Data:
             file.seek(self._kb_offsets[j])
             line = file.readline()
         try:
-            return json.loads(line.decode())
+            return json.loads(line.decode("utf-8", "surrogatepass"))  # prepare.py's: file names need not be UTF-8
         except ValueError as error:
             raise ValueError(f"{file.name}:{j + 1}: not JSON ({error}); run prepare.py again") from error
 

@@ -89,7 +89,8 @@ def parse_args(argv=None):
     models.add_argument("--policy", default="mini/policy", help="folder or Hugging Face id of a Qwen2.5-VL")
     models.add_argument("--scorer", default="mini/scorer", help="the scorer that prepared the data, see prepare.py")
     models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
-                        help="of the scorer's weights: bfloat16 on CUDA, else float32, where it is not given")
+                        help="of the scorer's weights; None = as the data was prepared with --scorer-dtype, else "
+                             "bfloat16 on CUDA, float32 elsewhere")
     models.add_argument("--init-adapter", metavar="FOLDER",
                         help="LoRA in peft's format to start from; the KL term still compares with the bare policy")
     models.add_argument("--system-prompt", metavar="FILE",
@@ -714,7 +715,9 @@ def describe_run(args, data):
         digest = hashlib.sha256(file.read()).hexdigest()
     skip = ("resume", "device", "run", "data")  # where and how, not what: these may differ when a run is taken up again
     return {"args": {k: v for k, v in vars(args).items() if k not in skip}, "manifest_sha256": digest,
-            "pools": data.identity, "policy": args.policy, "scorer": args.scorer, "data": args.data}
+            "pools": data.identity, "policy": args.policy, "scorer": args.scorer, "data": args.data,
+            # The text itself: its file may change or go, and the adapter is of use under these words alone.
+            "system_prompt": read_prompt(args)}
 
 
 def check_run(run, config, resume):
@@ -741,6 +744,8 @@ def check_run(run, config, resume):
     if pools != config["pools"]:
         raise ValueError(f"{run} was trained on other pools ({where}, {pools}) than {config['data']} "
                          f"({config['pools']}): choose another --run")
+    if old.get("system_prompt", config["system_prompt"]) != config["system_prompt"]:
+        raise ValueError(f"{run}: the text of --system-prompt is another than the run was started with; see {path}")
     # These change no weight: a run that stopped at a long prompt or for want of memory may go on with another value.
     free = ("save_every", "max_prompt_tokens", "checkpointing", "max_kl", "when_sick", "tensorboard", "wandb")
     # A run of before some flag existed did what is that flag's default now.
@@ -792,6 +797,8 @@ def load_state(path, policy, optimizer):
     # in a module that no file here imports).
     except (zipfile.BadZipFile, EOFError, NotImplementedError, torch.serialization.pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or holds more than numbers ({str(error)[:200]}); {remedy}") from error
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError, but no fault of the file: `main` says what helps
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit this policy's LoRA ({str(error)[:200]}); {remedy}") from error
 
@@ -973,7 +980,9 @@ def tracking(args, start):
 
 def open_data(args):
     """Scorer, train data, val data (None without evaluation)."""
-    scorer = load_scorer(args.scorer, args.device, args.scorer_dtype)
+    # Crops are compared with stored full images: rounded otherwise, they would differ from them by that alone.
+    prepared = load_data(args.data, "train").manifest.get("args", {})
+    scorer = load_scorer(args.scorer, args.device, args.scorer_dtype or prepared.get("scorer_dtype"))
     data = load_data(args.data, "train", scorer.identity)
     if not data.queries:
         raise ValueError(f"{args.data}: no training query has its positive in the pool; see the counts in "
@@ -984,18 +993,23 @@ def open_data(args):
     return scorer, data, val
 
 
+def read_prompt(args):
+    """The text of --system-prompt, None where it is not given."""
+    if not args.system_prompt:
+        return None
+    if not os.path.isfile(args.system_prompt):
+        raise FileNotFoundError(f"--system-prompt {args.system_prompt}: no such file")
+    prompt = Path(args.system_prompt).read_text(encoding="utf-8")
+    if not prompt.strip():  # a policy without instructions learns something, which hides the mistake
+        raise ValueError(f"--system-prompt {args.system_prompt}: the file is empty")
+    return prompt
+
+
 def open_policy(args):
     """The policy with fresh LoRA."""
-    prompt = None
-    if args.system_prompt:
-        if not os.path.isfile(args.system_prompt):
-            raise FileNotFoundError(f"--system-prompt {args.system_prompt}: no such file")
-        prompt = Path(args.system_prompt).read_text(encoding="utf-8")
-        if not prompt.strip():  # a policy without instructions learns something, which hides the mistake
-            raise ValueError(f"--system-prompt {args.system_prompt}: the file is empty")
     # On a CPU the fused attention kernel's backward is slower than plain matrix products; on CUDA it is far faster.
     attention = "eager" if torch.device(args.device).type == "cpu" else "sdpa"
-    policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=prompt,
+    policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=read_prompt(args),
                          attention=attention)
     policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
     if args.init_adapter and not (args.resume and (Path(args.run) / "state.pt").exists()):  # which has later weights

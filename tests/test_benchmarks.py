@@ -41,7 +41,7 @@ ECHOSIGHT = ("question", "wikipedia_url", "data_id", "dataset_name", "dataset_im
 
 class ColourScorer:
     """The feature of an image is its mean colour (grey = 0) and a constant, that of a text its length."""
-    name, identity, dim, device, batch_size = "colour", "colour@1", 4, "cpu", 8
+    name, identity, dim, device, dtype, batch_size = "colour", "colour@1", 4, "cpu", "float32", 8
 
     def __init__(self):
         self.images = 0  # embedded so far

@@ -8,7 +8,7 @@ import yaml
 from tools import card
 
 CONFIG = {"policy": "org/base: 3B", "scorer": "s", "pools": "abc", "data": "nowhere",
-          "args": {"group": 8, "lr": 5e-05, "balance": "force", "micro": 4}}
+          "args": {"group": 8, "lr": 5e-05, "balance": "force", "std": False, "micro": 4}}
 ROW = {"MRR": .5, "NDCG": .25, "R@1": .1, "R@5": .2, "CondR@1": None, "CondR@5": .75, "crop_rate": 0.0}
 METRICS = {"split": "test", "queries": 7, "with_positive": 4, "K": 20, "scorer": "s@1", "methods": {"full": ROW}}
 MANIFEST = {"dataset": "evqa", "splits": {"test": {"rows_read": 9, "kept": 7, "with_positive": 4}}}
@@ -21,7 +21,8 @@ def test_card_by_hand():
     assert "| full | 0.500 | 0.250 | 0.100 | 0.200 | - | 0.750 | 0.000 |" in text
     assert "7 queries, 4 with a right answer among their 20 candidates" in text
     assert "* test: 9 rows read, 7 kept, 4 with a right answer in the pool" in text
-    assert "| lr | `5e-05` |" in text and "micro" not in text and "| policy |" not in text
+    assert "| lr | `5e-05` |" in text and "| std | `false` |" in text
+    assert "micro" not in text and "| policy |" not in text
 
 
 def test_what_is_not_known_is_not_claimed():

@@ -285,7 +285,8 @@ def test_python_of_the_readme_runs(whole, tmp_path):
 
 def test_fields_of_the_log_are_in_the_readme(whole):
     rows = README[README.index("Fields of `log.jsonl`"):README.index("## Paper, release, this project")]
-    explained = {name for row in re.findall(r"^\| (`.*?`) \|", rows, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    first = re.findall(r"^\| (`.*?`) \|", rows, re.MULTILINE)
+    explained = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
     lines = [json.loads(line) for line in (whole[0] / "runs/world/log.jsonl").read_text().splitlines()]
     written = set().union(*lines)
     assert written <= explained, f"not in the README: {written - explained}"

@@ -699,7 +699,8 @@ def test_adapter_round_trip_and_what_does_not_fit(folder, policy, tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         load_policy(folder, adapter=str(tmp_path / "nowhere"))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    for change in ({"use_dora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"rank_pattern": {"q_proj": 2}}):
+    for change in ({"use_dora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"rank_pattern": {"q_proj": 2}},
+                   {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
         broken = shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
         (broken / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match="only plain LoRA"):
@@ -723,6 +724,15 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
     # With the prompt that it was trained under, and no need to name it.
     again = load_policy(out)
     assert not again.layers and again.system_prompt == load_policy(policy.name).system_prompt
+    # ... also where the run had a prompt and an image size of its own: they stand in the run's config.json.
+    (tmp_path / "own.txt").write_text("Say FULL or REGION.")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"args": {"system_prompt": str(tmp_path / "own.txt"), "max_pixels": 28 * 28 * 9}}))
+    policy_module.main(["--adapter", str(tmp_path / "adapter"), "--merge", str(tmp_path / "own")])
+    again = load_policy(str(tmp_path / "own"))
+    assert again.system_prompt == "Say FULL or REGION."
+    assert again.processor.image_processor.size["longest_edge"] == 28 * 28 * 9
+    (tmp_path / "config.json").unlink()
     # A model that writes itself in the middle of training goes on as if nothing had happened.
     policy.save_merged(str(tmp_path / "second"))
     assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
@@ -732,6 +742,16 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
             policy_module.main(["--adapter", str(adapter), "--merge", target])
     with pytest.raises(ValueError, match="no adapter to merge"):
         again.save_merged(str(tmp_path / "third"))
+
+
+def test_adapter_of_the_output_layer_is_refused(folder, policy, tmp_path):
+    policy.add_lora(r=4, targets="language")
+    layer = next(iter(policy.layers.values()))
+    width, vocabulary = policy.model.lm_head.in_features, policy.model.lm_head.out_features
+    layer.lora_A.data, layer.lora_B.data = torch.zeros(4, width), torch.zeros(vocabulary, 4)
+    policy_module.write_adapter(tmp_path, folder, policy.lora, {"lm_head": layer})
+    with pytest.raises(ValueError, match="no linear layer 'lm_head'"):
+        load_policy(folder, adapter=str(tmp_path))
 
 
 def test_adapter_of_another_base(folder, policy, tmp_path):
@@ -849,3 +869,16 @@ def test_tied_embeddings_and_bfloat16(tmp_path, images):
     out["logp"].sum().backward()
     assert torch.allclose(out["logp"], logged(out, groups), atol=0.3)           # bfloat16 keeps 8 bits
     assert all(torch.isfinite(p.grad).all() for p in rounded.lora_parameters())
+
+
+@pytest.mark.parametrize("targets", ["all", "language"])
+def test_free_decoding_sends_an_image_through_the_tower_once(policy, prompts, monkeypatch, targets):
+    """Own decision, forced FULL and forced REGION are three rows of a prefill, and one image."""
+    policy.add_lora(r=2, targets=targets)
+    see, seen = policy._see, []
+    monkeypatch.setattr(policy, "_see", lambda found: seen.append(len(found)) or see(found))
+    wanted = [c.ids for c in policy.rollout(prompts[:1], [["REGION"]], "free", seeds=[1], max_new_tokens=3)[0]]
+    policy.rollout(prompts[:2], [[None, "FULL", "REGION"], ["REGION", None]], "free", seeds=[1, 2], max_new_tokens=3)
+    assert seen == ([1, 2] if targets == "all" else [1, 1])         # the first image is kept where no LoRA changes it
+    again = policy.rollout(prompts[:1], [["REGION"]], "free", seeds=[1], max_new_tokens=3)[0]
+    assert [c.ids for c in again] == wanted

@@ -84,7 +84,8 @@ def forecast(micro, checkpointing):
     policy = Policy(model.requires_grad_(False), processor, "3b", "")
     policy.add_lora()
     scorer = EvaClipScorer.__new__(EvaClipScorer)
-    vars(scorer).update(model=tower, batch_size=64, dtype=torch.bfloat16, image_hw=tower.config.image_hw)
+    vars(scorer).update(model=tower, batch_size=64, dtype=torch.bfloat16,
+                        image_hw=tower.config.image_hw)
     args = train.parse_args(["--preset", "paper", "--queries", "4", "--micro", str(micro)]
                             + ["--checkpointing"] * checkpointing)
     # As if it were on a card: there is none here, and arithmetic needs none.

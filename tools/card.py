@@ -15,8 +15,10 @@ from scorer import replacing
 ROWS = ("full", "random", "center", "zeroshot", "policy", "oracle")
 COLUMNS = ("MRR", "NDCG", "R@1", "R@5", "CondR@1", "CondR@5", "crop_rate")
 # Arguments that say how a run was trained; the rest is where and how fast.
-METHOD = ("balance", "advantage", "decision_weight", "decode", "reward", "reward_weights", "eta", "clip", "beta",
-          "rank", "alpha", "dropout", "targets", "queries", "group", "steps", "epochs", "lr", "seed")
+METHOD = ("system_prompt", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight", "std", "decode",
+          "temperature", "reward", "reward_weights", "eta", "encouragement", "encouragement_steps", "clip", "beta",
+          "norm", "rank", "alpha", "dropout", "targets", "queries", "group", "inner_steps", "steps", "epochs", "lr",
+          "warmup", "seed")
 
 
 def parse_args(argv=None):

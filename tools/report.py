@@ -40,6 +40,8 @@ LABELS = {  # methods in the order of the paper's Table 1; a method that is not 
 NEEDED = ("query_id", "question", "positives", "decision", "box", "scores", "labels")  # of a row; others are optional
 CROPPING = ("zeroshot", "zeroshot2", "always", "policy")  # Table 4 and 7: methods that choose a region by looking
 BLOCK = 500  # resamples at a time: BLOCK x entities numbers are held, not all 10,000 x entities
+NO_WEIGHT = ("max_prompt_tokens", "checkpointing", "micro", "eval_every", "val_queries", "save_every", "samples_every",
+             "max_kl", "when_sick", "tensorboard", "wandb")  # arguments of train.py that move no weight
 SLACK = 0.01  # "at least as good as" means: not worse by more than this
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7A7A7A"  # told apart by colour-blind readers (Okabe-Ito)
@@ -382,7 +384,8 @@ class Claim:
         if self.difference is None or self.low is None:
             return OPEN
         if self.slack:
-            return FAILS if self.high < 0 and self.low < -self.slack else HOLDS if self.low > -self.slack else OPEN
+            # Both answers are about the slack: an interval that holds -slack tells neither.
+            return FAILS if self.high < -self.slack else HOLDS if self.low > -self.slack else OPEN
         if self.p_holm is None or self.p_holm >= 0.05 or not self.told:
             return OPEN
         return HOLDS if self.difference > 0 else FAILS
@@ -450,7 +453,7 @@ def same_but(args, other, *names):
 def margin_runs(study):
     """(runs with the margin term, runs without): equal to the main run but for seed and weights (Table 5, Figure 2)."""
     main = study.config.get("args", {})
-    alike = [a for a in study.ablations if same_but(a.args, main, "seed", "reward_weights")]
+    alike = [a for a in study.ablations if same_but(a.args, main, "seed", "reward_weights", *NO_WEIGHT)]
     with_term = [a for a in alike if a.args.get("reward_weights") == main.get("reward_weights")]
     without = [a for a in alike if (a.args.get("reward_weights") or [1])[-1] == 0]
     # The paper takes the margin away from all the rest, so of several variants the one with most terms is meant.
@@ -619,7 +622,8 @@ def ablation_table(study):
     rows = []
     for reading, runs in groups.items():
         differs = [f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-                   for key, value in runs[0].args.items() if key != "seed" and main.get(key) != value]
+                   for key, value in runs[0].args.items()
+                   if key not in ("seed", *NO_WEIGHT) and main.get(key) != value]
         cells = [spread([mean(run.values[m]) for run in runs], d, s)
                  for m, d, s in (("MRR", 3, 1), ("CondR@1", 3, 1), ("crop =1", 1, 100), ("crop >1", 1, 100),
                                  ("iou", 2, 1), ("bad", 1, 100))]
@@ -1262,7 +1266,8 @@ def main(argv=None):
         raise SystemExit(f"tools.report: {error}") from error
     study.notes += [f"{table.title.removesuffix('.')}: nothing was measured for it" for table in made if not table.rows]
     os.makedirs(args.out, exist_ok=True)
-    remove_old(args.out, [f"{table.name}.tex" for table in made] + [f"{name}.png" for name in PICTURES])
+    remove_old(args.out, [f"{table.name}.tex" for table in made] + [f"{name}.png" for name in PICTURES]
+               + ["report.html"] * args.tables_only)
     write_tables(args.out, tables)
     for plot in plots:
         with replacing(os.path.join(args.out, f"{plot.name}.png")) as temporary, open(temporary, "wb") as file:

@@ -26,6 +26,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -482,12 +483,24 @@ def open_models(args):
             raise ValueError("this needs the prepared knowledge base: give --data, the folder that prepare.py wrote")
         return load_data(data, args.split, scorer.identity)
 
-    prompt = read_text(settings["system_prompt"]) if settings.get("system_prompt") else None
+    prompt = config.get("system_prompt")
+    if "system_prompt" not in config and settings.get("system_prompt"):  # a run of before its config held the text
+        prompt = Path(settings["system_prompt"]).read_text(encoding="utf-8")  # as it was trained: not stripped
     policy = load_policy(policy_name, adapter=adapter, device=args.device, max_pixels=settings.get("max_pixels"),
                          system_prompt=prompt)
     same = {"policy": policy_name, "adapter": adapter, "scorer": scorer.identity, "decode": decode,
-            "threshold": args.threshold, "k": args.k, "data": data}
+            "threshold": args.threshold, "k": args.k, "data": data,
+            # By content, too: trained or prepared again, the same folder gives other answers.
+            "adapter weights": digest(adapter, "adapter_model.safetensors"),
+            "data files": digest(data, "manifest.json"), "system prompt": prompt,
+            "max_pixels": settings.get("max_pixels")}
     return Models(policy, scorer, Pools(scorer, open_data, args.k), decode, args.threshold, same)
+
+
+def digest(folder, name):
+    """sha256 of a file in a folder, None where there is no such folder or file."""
+    path = folder and os.path.join(folder, name)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and os.path.isfile(path) else None
 
 
 def read_config(folder):
@@ -677,12 +690,13 @@ def finished(out, settings):
     if other := sorted(key for key in settings if settings[key] != before.get(key)):
         raise ValueError(f"{out} was begun with another {', '.join(other)}: name another --out or remove it")
     good = {}
-    with open(out, encoding="utf-8") as file:
+    with open(out, "rb") as file:  # as bytes: a kill may also cut a character in two
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):  # only the last line of a killed run is no JSON
-                fields = json.loads(line)
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # the last line of a killed run alone
+                text = line.decode()
+                fields = json.loads(text)
                 if "error" not in fields:
-                    good[fields["id"]] = line if line.endswith("\n") else line + "\n"
+                    good[fields["id"]] = text if text.endswith("\n") else text + "\n"
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(good.values())
     return set(good)
@@ -913,10 +927,13 @@ def main(argv=None):
         image, question, pool, result = one_query(args, models)
     except (ValueError, FileNotFoundError) as error:  # wrong input, said in one line; anything else is a bug and shows
         raise SystemExit(f"rerank: {error}") from error
-    if args.save_image:
-        save_image(args.save_image, draw_box(image, result.action))
     print(json.dumps({"question": question, **record(pool, result)}, ensure_ascii=False, indent=1) if args.json
           else table(question, pool, result))
+    if args.save_image:  # last: a folder that is missing must not cost the answer
+        try:
+            save_image(args.save_image, draw_box(image, result.action))
+        except OSError as error:
+            raise SystemExit(f"rerank: --save-image {args.save_image}: {error}") from error
 
 
 if __name__ == "__main__":

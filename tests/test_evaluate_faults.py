@@ -1,0 +1,127 @@
+"""Faults of evaluate.py that a reading found: each test failed before its mend."""
+
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluate import LEFT, run_main
+from test_evaluate_extra import RedBlind, Policy, rows_of, world  # noqa: F401
+
+import evaluate
+from policy import Action
+
+
+def test_best_of_samples_leaves_full_alone_whatever_a_killed_run_sampled(world, monkeypatch):
+    """A run at threshold .05 sampled all four queries and was killed; at .85 only q0 is cropped."""
+    arguments, _ = world
+    write_all = evaluate.write_all
+    monkeypatch.setattr(evaluate, "write_all", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_main(arguments, "--threshold", ".05", "--samples", "4", "--methods", "policy")
+    monkeypatch.setattr(evaluate, "write_all", write_all)
+    run_main(arguments, "--threshold", ".85", "--samples", "4", "--methods", "policy")
+    decided = [[row["decision"] for row in rows_of(arguments, name)] for name in ("policy", "policy+best4")]
+    assert decided == [["REGION", "FULL", "FULL", "FULL"]] * 2
+    seconds = [[row["seconds"] for row in rows_of(arguments, name)] for name in ("policy", "policy+best4")]
+    assert seconds[0][1:] == seconds[1][1:]  # nothing was sampled for them
+
+
+def test_sheet_without_a_candidates_image(world, tmp_path):
+    """Only the sheet looks at candidates' images; one that is gone must not cost the evaluation."""
+    arguments, _ = world
+    (tmp_path / "raw" / "e0.png").unlink()
+    assert run_main(arguments, "--methods", "policy")["queries"] == 4
+
+
+def test_test_scorer_without_a_candidates_image(world, tmp_path):
+    arguments, _ = world
+    (tmp_path / "raw" / "e0.png").unlink()
+    with pytest.raises(SystemExit, match="e0.png"):
+        run_main(arguments, "--methods", "policy", "--test-scorer", "blind to red", "--sheet", "0")
+
+
+@pytest.mark.parametrize("content", [{"q0": {"retrieved_entities": [{"title": "x"}]}},
+                                     {"q0": {"retrieved_entities": 3}},
+                                     {"q0": {"reranked_entries": []}}, {"q0": {"retrieved_entries": [["u"]]}}])
+def test_run_file_of_a_wrong_shape_is_refused(world, tmp_path, content):
+    arguments, _ = world
+    (tmp_path / "theirs.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="theirs.json.*q0"):
+        run_main(arguments, "--methods", "full", "--run-file", f"theirs={tmp_path}/theirs.json")
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    answer = b'{"choices": [{"message": {"content": "YES"}}]}'
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.answer) + self.server.lost))
+        self.end_headers()
+        self.wfile.write(self.answer)
+        self.server.lost = 0
+
+    def log_message(self, *_):
+        pass
+
+
+def test_judge_that_is_cut_off_is_asked_again():
+    with http.server.HTTPServer(("127.0.0.1", 0), Flaky) as server:
+        server.lost = 10
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        assert evaluate.ask_judge(url, "m", "", Image.new("RGB", (8, 8)), "what?", patience=(0,)) is True
+        server.shutdown()
+
+
+def test_judge_that_answers_in_parts(monkeypatch):
+    monkeypatch.setattr(Flaky, "answer", b'{"choices": [{"message": {"content": [{"type": "text", "text": "YES"}]}}]}')
+    with http.server.HTTPServer(("127.0.0.1", 0), Flaky) as server:
+        server.lost = 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(evaluate.Refused, match="judge"):
+            evaluate.ask_judge(f"http://127.0.0.1:{server.server_port}/v1", "m", "", Image.new("RGB", (8, 8)), "?",
+                               patience=())
+        server.shutdown()
+
+
+def test_truth_of_an_image_that_two_queries_share(world, tmp_path):
+    arguments, _ = world
+    data = evaluate.load_data(arguments[1], "test")
+    data.queries[1].image = data.queries[0].image
+    assert evaluate.read_truth(data)[0]["box"] == evaluate.read_truth(data)[1]["box"] == LEFT
+
+
+def test_image_whose_exif_is_damaged_is_unreadable(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0XX*\0\x08\0\0\0garbage")
+
+    class Data:
+        image_path = staticmethod(lambda i: str(tmp_path / "a.jpg"))
+    images = evaluate.Images(Data())
+    images.size(0)
+
+
+def test_scorer_dtype_of_the_data_is_the_default(world, tmp_path, monkeypatch):
+    arguments, loaded = world
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["args"]["scorer_dtype"] = "float32"
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    asked = []
+    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device, dtype=None: asked.append(dtype)
+                        or loaded.scorers[name])
+    run_main(arguments, "--methods", "full")
+    assert asked == ["float32"]
+
+
+@pytest.mark.parametrize("flags", [["--threshold", ".3"], ["--limit", "2"], ["--seed", "1"]])
+def test_from_rows_refuses_what_it_would_ignore(flags):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--from-rows", *flags])
+
+
+def test_one_query_and_none_with_a_positive(world):
+    arguments, _ = world
+    run_main(arguments, "--limit", "1", "--samples", "2", "--fuse", ".5")
