@@ -28,7 +28,8 @@ SCALE_FLAGS ?=
 REPORT_FLAGS ?=
 # Ablations: readings of r-GRPO and of its reward, each with every seed. READINGS="default rank" SEEDS="0 1" asks for fewer.
 SEEDS ?= 0 1 2
-READINGS ?= default mrr ndcg rank absolute pi nostd group conditional balanced resample plain free
+READINGS ?= default mrr ndcg rank absolute pi nostd group conditional balanced resample plain free \
+    shyforce shyresample shyplain
 flags.mrr := --reward-weights 1 0 0 0
 flags.ndcg := --reward-weights .5 .5 0 0
 flags.rank := --reward-weights .333 .333 .334 0
@@ -41,6 +42,10 @@ flags.balanced := --advantage balanced
 flags.resample := --balance resample
 flags.plain := --balance none --advantage group
 flags.free := --decode free
+# From a policy that practically never crops (p(REGION) = 3e-7): trained on rewards that pay for FULL alone.
+flags.shyforce = --init-adapter $(dir $(SHY))
+flags.shyresample = --init-adapter $(dir $(SHY)) --balance resample
+flags.shyplain = --init-adapter $(dir $(SHY)) --balance none --advantage group
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -55,6 +60,7 @@ TABLES := runs/$(RUN)/eval/metrics.json
 
 ABLATIONS := runs/$(if $(filter-out world,$(DATASET)),$(DATASET)-)ablation
 ABLATED := $(foreach r,$(READINGS),$(SEEDS:%=$(ABLATIONS)/$(r)-seed%/eval/metrics.json))
+SHY := $(ABLATIONS)/shy/adapter/adapter_model.safetensors
 # What there is of them, in the order of READINGS; asked when the recipe runs.
 REPORT = $(PY) -m tools.report --run runs/$(RUN) --runs $(patsubst %/eval/metrics.json,%,$(wildcard $(ABLATED))) \
     --bench $(wildcard bench/*.json) $(REPORT_FLAGS)
@@ -141,3 +147,10 @@ $(ABLATED): $(ABLATIONS)/%/eval/metrics.json: $(POOLS) | $(READY)
 	    --run $(ABLATIONS)/$* --seed $(lastword $(subst -seed, ,$*)) \
 	    $(if $(wildcard $(ABLATIONS)/$*/state.pt),--resume) $(TRAIN_FLAGS) $(flags.$(firstword $(subst -seed, ,$*)))
 	$(PY) evaluate.py --data data/$(DATASET) --run $(ABLATIONS)/$* --split test --methods full,policy --sheet 0
+
+$(filter $(ABLATIONS)/shy%,$(ABLATED)): $(SHY)
+
+$(SHY): $(POOLS) | $(READY)
+	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) \
+	    --run $(ABLATIONS)/shy --steps 25 --warmup 5 --reward-weights 0 0 0 0 --eval-every 0 \
+	    $(if $(wildcard $(ABLATIONS)/shy/state.pt),--resume)
