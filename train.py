@@ -167,6 +167,8 @@ def add_length_flags(parser):
     logs.add_argument("--save-every", type=int, help="steps between two state.pt")
     logs.add_argument("--samples-every", type=int, default=10,
                       help="steps between two groups in samples.jsonl, 0 = never")
+    logs.add_argument("--log-level", choices=("info", "warning"), default="info",
+                      help="what is printed: a line a step | warnings alone; log.jsonl has everything")
     logs.add_argument("--max-kl", type=float, default=10.0,
                       help="warn of a step whose KL (nats a token, measured where --beta is not 0) is above; 0 = never")
     logs.add_argument("--when-sick", choices=("warn", "stop"), default="warn",
@@ -747,7 +749,8 @@ def check_run(run, config, resume):
     if old.get("system_prompt", config["system_prompt"]) != config["system_prompt"]:
         raise ValueError(f"{run}: the text of --system-prompt is another than the run was started with; see {path}")
     # These change no weight: a run that stopped at a long prompt or for want of memory may go on with another value.
-    free = ("save_every", "max_prompt_tokens", "checkpointing", "max_kl", "when_sick", "tensorboard", "wandb")
+    free = ("save_every", "max_prompt_tokens", "checkpointing", "max_kl", "when_sick", "tensorboard", "wandb",
+            "log_level")
     # A run of before some flag existed did what is that flag's default now.
     then = {**vars(parse_args(["--preset", config["args"]["preset"]])), **arguments}
     changed = sorted(k for k, v in config["args"].items() if k not in free and then[k] != v)
@@ -1078,7 +1081,7 @@ def run_steps(start, steps, recent, policy, optimizer, scorer, data, val, args):
                 write_step(run, log, samples, args)
                 track(log)
                 left = (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)
-                for line in (readable(log, steps, left), *news):
+                for line in (*[readable(log, steps, left)] * (args.log_level == "info"), *news):
                     tqdm.write(line)
                 if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
                     save_state(str(run / "state.pt"), step + 1, policy, optimizer)

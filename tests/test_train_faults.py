@@ -31,3 +31,11 @@ def test_resume_with_another_text_in_the_prompt_file(home, tmp_path):
     (tmp_path / "prompt.txt").write_text("Never crop.")
     with pytest.raises(ValueError, match="system-prompt"):
         train.check_run(run, train.describe_run(args, data), True)
+
+
+def test_log_level_warning_prints_no_step(home, tmp_path, capsys):
+    train.main(flags(home, tmp_path / "run", "--log-level", "warning"))
+    printed = capsys.readouterr().out
+    assert "step 1/" not in printed and (tmp_path / "run" / "log.jsonl").read_text().count("\n") > 0
+    train.main(flags(home, tmp_path / "second"))
+    assert "step 1/" in capsys.readouterr().out
