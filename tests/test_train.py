@@ -737,7 +737,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 def test_a_run_leaves_what_it_promises(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert {"args", "manifest_sha256", "pools", "policy", "scorer", "data"} == set(config)
+    assert {"args", "manifest_sha256", "pools", "policy", "scorer", "data", "system_prompt"} == set(config)
     assert config["args"]["steps"] == 4 and config["args"]["max_prompt_tokens"] == 8192
     assert {path.name for path in finished.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "state.pt",
                                                           "adapter", "lock"}
