@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import policy as policy_file
 import train
@@ -55,12 +56,15 @@ def child(arguments, prepare=lambda: None):
         with open(os.devnull, "w") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
+        # tqdm's lock is a semaphore that a fork shares: a child killed while it draws a bar would keep it for good, and
+        # this process would wait for it when it next loads a model.
+        tqdm.set_lock(threading.RLock())
         prepare()
         train.main(arguments)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    process.join(60)
+    process.join(300)
     if process.is_alive():
         process.kill()
         pytest.fail("the child hangs")
@@ -180,6 +184,18 @@ def test_killed_again_and_again_at_any_time(home, unbroken, tmp_path):  # noqa: 
     same_run(run, unbroken)
 
 
+def test_killed_child_takes_no_lock_along():
+    tqdm.get_lock()  # made here, before the fork
+
+    def killed_while_it_draws():
+        tqdm.get_lock().acquire()
+        die()
+
+    assert child([], killed_while_it_draws) == -signal.SIGKILL
+    assert all(lock.acquire(True, 5) for lock in tqdm.get_lock().locks)
+    tqdm.get_lock().release()
+
+
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +310,7 @@ def test_torchrun_that_is_told_to_end_leaves_a_whole_state(home, tmp_path):  # n
         while not (run / "log.jsonl").exists() and process.poll() is None:
             time.sleep(0.1)
         process.terminate()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
     subprocess.run = tell

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import rgrpo
 import tiny_policy
@@ -852,13 +854,14 @@ def forked(processes, command, folder):
                           MASTER_PORT=str(port))
         # Left open: what SystemExit says is printed after this function.
         sys.stdout, sys.stderr = (open(folder / f"{rank}.{end}", "w", buffering=1) for end in ("out", "err"))
+        tqdm.set_lock(threading.RLock())  # see test_killed_child_takes_no_lock_along
         train.main(command)
 
     children = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(processes)]
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(300)
         if child.is_alive():
             child.kill()
             pytest.fail("a process hangs")
@@ -871,7 +874,7 @@ def torchrun(processes, command):
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--",
          str(Path(train.__file__)), *command],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_processes_equal_one(home, tmp_path):
