@@ -41,6 +41,7 @@ import urllib.error
 import urllib.request
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from urllib.parse import quote
 
 import faiss
@@ -52,7 +53,7 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from rewards import metrics, summary
 from scorer import (
-    crop, fuse, image_size, load_data, load_scorer, normalise, read_image, replacing, scores, write_json,
+    crop, fuse, hold, image_size, load_data, load_scorer, normalise, read_image, replacing, scores, write_json,
 )
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
@@ -107,6 +108,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    # runs/world/ and ./runs/world are runs/world, also in metrics.json. Not normpath: beyond a link .. leads elsewhere.
+    for name in ("run", "data", "out"):
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name))))
     if problem := wrong_flags(args):
         parser.error(problem)
     return args
@@ -1594,12 +1599,13 @@ def run_models(args, folder):
     except (ValueError, FileNotFoundError) as error:  # wrong input, said in one line; anything else is a bug and shows
         raise Refused(str(error)) from error
     os.makedirs(folder, exist_ok=True)
-    if os.path.isfile(os.path.join(folder, "metrics.json")):
-        os.remove(os.path.join(folder, "metrics.json"))  # of the rows that are about to be replaced
-    progress = open_progress(folder, job.data, args, job.about)
-    outcome = evaluate(job, args, progress)
-    write_all(folder, outcome, job.data, job.truth, args.sheet)
-    progress.finish()
+    with outside(hold, folder, "--out"):
+        if os.path.isfile(os.path.join(folder, "metrics.json")):
+            os.remove(os.path.join(folder, "metrics.json"))  # of the rows that are about to be replaced
+        progress = open_progress(folder, job.data, args, job.about)
+        outcome = evaluate(job, args, progress)
+        write_all(folder, outcome, job.data, job.truth, args.sheet)
+        progress.finish()
     if args.methods is None and job.truth is None:
         print("no truth.jsonl beside the raw data: no oracle row, no IoU, no table by kind")
     return outcome.result
@@ -1616,7 +1622,7 @@ def import_wandb():
 
 def show(wandb, project, result):
     """Every method's means in a run of its own kind: "<split>/<method>/MRR" and so on."""
-    run = wandb.init(project=project, name=os.path.basename(result["run"]), job_type="evaluate",
+    run = wandb.init(project=project, name=os.path.basename(os.path.abspath(result["run"])), job_type="evaluate",
                      config={key: result[key] for key in ("data", "split", "scorer", "decode", "seed", "threshold")})
     run.log({f"{result['split']}/{name}/{key}": value for name, row in result["methods"].items()
              for key, value in row.items() if isinstance(value, (int, float))})

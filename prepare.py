@@ -51,11 +51,11 @@ import faiss
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from scorer import (POOL_VERSION, Query, load_data, load_scorer, normalise, read_image, replacing, scores, write_array,
-                    write_json, write_pool)
+from scorer import (POOL_VERSION, Query, hold, load_data, load_scorer, normalise, read_array, read_image, replacing,
+                    scores, write_array, write_json, write_pool)
 
 COLUMNS = ("question", "question_type", "dataset_name", "dataset_image_ids", "wikipedia_url")
 SINGLE_HOP = ("automatic", "templated", "multi_answer", "infoseek")  # what all prior work keeps
@@ -175,7 +175,7 @@ class Drops:
     def add(self, reason, case, times=1):
         if times:
             self.counts[reason] += times
-            self.first.setdefault(reason, case)
+            self.first.setdefault(reason, whole(case))  # it is printed, and written to the manifest
 
 
 def needed(path):
@@ -282,7 +282,7 @@ def read_jsonl(path, fields, limit=None):
         if missing := [name for name in fields if not isinstance(row, dict) or not isinstance(row.get(name), str)]:
             raise ValueError(f"{path}:{number}: field {', '.join(missing)} is missing or no text; is this the file "
                              "that its name says?")
-        yield number, row
+        yield number, {**row, **{name: whole(row[name]) for name in fields}}
 
 
 def _lines(path):
@@ -432,17 +432,31 @@ def find_files(root, folder, wanted):
     A stem ends at the first dot (some have <id>.img.jpg). Of several files the first by path is taken. No stat is paid
     a row and extension, and nothing is kept for the millions of files that no row wants.
     """
-    found, folders = {}, [os.path.join(root, folder)]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif (stem := entry.name.split(".")[0]) in wanted:
-                    path = os.path.relpath(entry.path, root).replace(os.sep, "/")
-                    if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and path < found.get(stem, "\U0010ffff"):
-                        found[stem] = path
+    found = {}
+    for entry in files_below(os.path.join(root, folder)):
+        if (stem := entry.name.split(".")[0]) in wanted:
+            path = os.path.relpath(entry.path, root).replace(os.sep, "/")
+            if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and path < found.get(stem, "\U0010ffff"):
+                found[stem] = path
     return found
+
+
+def files_below(folder):
+    """Yield an os.DirEntry of each file below a folder, in any order. Links to folders are followed, as whole disks are
+    linked in; a link to a folder that it lies in, which would lead round in a circle for ever, is not."""
+    folders = [(folder, ())]
+    while folders:
+        path, above = folders.pop()
+        status = os.stat(path)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link to itself: no folder
+                    folders.append((entry.path, (*above, here)))
+                else:
+                    yield entry
 
 
 def find_images(args, collection, wanted):
@@ -563,9 +577,8 @@ def image_files(args, kb):
             return ImageFiles(((row["image_URL"], os.path.normpath(os.path.join(start, row["img_path"])))
                                for row in rows if row["img_path"]), "OMGM's csv")
     if parts := sorted(file for file in os.listdir(source) if file.endswith(".parquet")):
-        return ImageFiles(unpack_atomic(args.root, source, parts, kb), "AToMiC")
-    paths = sorted(os.path.relpath(os.path.join(folder, file), args.root).replace(os.sep, "/")
-                   for folder, _, files in os.walk(source) for file in files)
+        return ImageFiles(unpack_atomic(args.root, source, parts, kb, args.dry_run), "AToMiC")
+    paths = sorted(os.path.relpath(entry.path, args.root).replace(os.sep, "/") for entry in files_below(source))
     return ImageFiles(((os.path.splitext(os.path.basename(path))[0], path) for path in paths), f"{name}/", by_name=True)
 
 
@@ -577,9 +590,10 @@ def _checked(source, pairs):
         yield url, path
 
 
-def unpack_atomic(root, source, parts, kb):
+def unpack_atomic(root, source, parts, kb, dry_run=False):
     """AToMiC's parquet files -> (url, path) of the images that the knowledge base lists, written below
-    ROOT/atomic_images. A part that was finished before is not read again: its list of pairs lies beside the images."""
+    ROOT/atomic_images. A part that was finished before is not read again: its list of pairs lies beside the images.
+    dry_run: the same pairs, from the urls alone, and nothing is written."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{source} holds parquet files, which need one more package: pip install pyarrow")
     parquet, wanted = importlib.import_module("pyarrow.parquet"), None
@@ -591,20 +605,29 @@ def unpack_atomic(root, source, parts, kb):
                 wanted = np.unique(np.frombuffer(urls, np.uint64))
             pairs = {}
             for batch in parquet.ParquetFile(os.path.join(source, part)).iter_batches(
-                    batch_size=256, columns=["image_url", "image"]):  # few at once: images are megabytes
+                    batch_size=256,  # few at once: images are megabytes
+                    columns=["image_url"] if dry_run else ["image_url", "image"]):
                 batch_urls = batch.column("image_url").to_pylist()
                 hashes = np.array([hash8(url or "") for url in batch_urls], np.uint64)
                 for i in np.flatnonzero(np.isin(hashes, wanted)):
-                    value = batch.column("image")[int(i)].as_py()
-                    content = value["bytes"] if isinstance(value, dict) else value
                     path = f"atomic_images/{hashes[i] % 256:02x}/{hashes[i]:016x}.jpg"
-                    os.makedirs(os.path.dirname(os.path.join(root, path)), exist_ok=True)
-                    with replacing(os.path.join(root, path)) as temporary, open(temporary, "wb") as file:
-                        file.write(content or b"")  # empty: counted as unreadable
                     pairs[batch_urls[i]] = path
+                    if not dry_run:
+                        write_image(os.path.join(root, path), batch.column("image")[int(i)].as_py())
+            if dry_run:
+                yield from pairs.items()
+                continue
             os.makedirs(os.path.dirname(done), exist_ok=True)
             write_json(done, pairs)
         yield from stream_json(done, b'"')
+
+
+def write_image(path, value):
+    """Write an image of AToMiC: its bytes, or a dict that holds them."""
+    content = value["bytes"] if isinstance(value, dict) else value
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content or b"")  # empty: counted as unreadable
 
 
 def candidate_text(entry, kind):
@@ -652,6 +675,7 @@ def scan_kb(args, rows, work, entry_drops, image_drops):
         kb_lines, image_lines = (stack.enter_context(line_writer(work, name)) for name in ("kb", "kb_image"))
         for url, entry in stream_json(path, bar=bar):
             check_entry(path, url, entry, args.text)
+            url, title = whole(url), whole(entry["title"])
             position, scan.entries_read = scan.entries_read, scan.entries_read + 1
             scan.images_read += len(entry["image_urls"])
             if url in seen:
@@ -659,8 +683,8 @@ def scan_kb(args, rows, work, entry_drops, image_drops):
                 image_drops.add("entry repeated", url, len(entry["image_urls"]))
                 continue
             seen.add(url)
-            if entry["title"] in titles:  # an entry without images makes a title ambiguous too
-                scan.titles[entry["title"]] = None if entry["title"] in scan.titles else url
+            if title in titles:  # an entry without images makes a title ambiguous too
+                scan.titles[title] = None if title in scan.titles else url
             if not (numbers := entry_images(files, url, entry["image_urls"], image_drops)):
                 entry_drops.add(NO_IMAGE if entry["image_urls"] else "entry has no image", url)
                 continue
@@ -668,12 +692,12 @@ def scan_kb(args, rows, work, entry_drops, image_drops):
                 if row_of[number] < 0:  # entries share images (flags, maps, logos): each is embedded once
                     row_of[number], scan.images = scan.images, scan.images + 1
                     image_lines(files.path(number))
-            if url in wanted or entry["title"] in titles:
+            if url in wanted or title in titles:
                 scan.known[url] = len(scan.count)
             scan.image.extend(row_of[numbers].tolist())
             scan.count.append(len(numbers))
             scan.position.append(position)
-            kb_lines({"entity_id": whole(url), "title": whole(entry["title"]), "text": candidate_text(entry, args.text),
+            kb_lines({"entity_id": url, "title": title, "text": candidate_text(entry, args.text),
                       "images": [files.path(number) for number in numbers]})
     return scan
 
@@ -809,11 +833,17 @@ class Shards:
         return os.path.join(self.work, f"{self.name}-{number:06d}.{suffix}")
 
     def key(self, number):
-        """Key that a finished shard was made under, None if it is not there."""
-        if not os.path.isfile(self.file(number, "json")):
+        """Key that a finished shard was made under, None if it is not there or a disk error left it cut or damaged."""
+        try:
+            with open(self.file(number, "json"), encoding="utf-8") as file:
+                content = json.load(file)
+            key, bad = content["key"], content["bad"]
+            features = read_array(self.file(number, "npy"))  # mapped: the header and the file's size are looked at
+        except (OSError, ValueError, KeyError, TypeError):  # such a shard is made again
             return None
-        with open(self.file(number, "json"), encoding="utf-8") as file:
-            return json.load(file)["key"]
+        rows = min(self.size, self.count - number * self.size)
+        intact = features.shape == (rows, self.dim) and features.dtype == np.float16 and isinstance(bad, dict)
+        return key if intact else None
 
     def write(self, number, key, features, bad):
         """The json is what says that a shard is whole: gone before, and back after, the features are replaced."""
@@ -905,11 +935,11 @@ def open_image(root, path):
     try:
         return read_image(os.path.join(root, path))
     except FileNotFoundError as error:
-        return "image missing", str(error)
+        return "image missing", whole(str(error))  # file names need not be UTF-8, and this is written to a shard
     except ValueError as error:
         suffix = os.path.splitext(path)[1].lower()
         kind = f" ({suffix[1:]})" if suffix in (".svg", ".gif", ".tif", ".tiff") else ""
-        return f"image unreadable{kind}", str(error)
+        return f"image unreadable{kind}", whole(str(error))
 
 
 def embed_texts(scorer, texts, bar):
@@ -1499,6 +1529,7 @@ def prepare(args):
     os.makedirs(args.out, exist_ok=True)
     os.makedirs(work, exist_ok=True)
     if workers.rank == 0:
+        lock = hold(work, "--out")  # noqa: F841 (let go of when this function ends)
         # Before the first file changes: an old manifest must not vouch for new files, nor an old index lie beside them.
         for name in ("manifest.json", *(() if has_index(args) else ("index.faiss",))):
             if os.path.exists(os.path.join(args.out, name)):
@@ -1644,10 +1675,10 @@ def draw_pools(out, count, cell=128, negatives=6):
         ranked = list(enumerate(order.tolist(), 1))
         shown = [(r, k) for r, k in ranked if query.labels[k]][:1] + [(r, k) for r, k in ranked if not query.labels[k]]
         pen.text((4, top + 2), f"{query.query_id}  {query.question}", fill="black")
-        sheet.paste(ImageOps.contain(data.open_image(i), (cell, cell)), (4, top + 20))
+        sheet.paste(fitted(data.open_image(i), cell), (4, top + 20))
         for column, (rank, k) in enumerate(shown[:1 + negatives], 1):
             left, entity = column * (cell + 8), data.entity(query.pool[k])
-            image = ImageOps.contain(read_image(data.candidate_image_path(query.pool_image[k])), (cell, cell))
+            image = fitted(read_image(data.candidate_image_path(query.pool_image[k])), cell)
             sheet.paste(image, (left, top + 20))
             if query.labels[k]:
                 frame = (left - 2, top + 18, left + image.width + 1, top + 21 + image.height)
@@ -1657,6 +1688,12 @@ def draw_pools(out, count, cell=128, negatives=6):
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
     return path
+
+
+def fitted(image, side):
+    """PIL image at the size that just fits a square. ImageOps.contain would round a sliver to no pixel, and raise."""
+    scale = side / max(image.size)
+    return image.resize([max(1, round(length * scale)) for length in image.size])
 
 
 def main(argv=None):

@@ -16,13 +16,16 @@ pool files of `prepare.py` are defined in the last part: one writer and one read
 """
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import struct
+import sys
 import tokenize
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -534,7 +537,7 @@ def _weight_files(path):
         if os.path.isfile(os.path.join(path, name)):
             return [os.path.join(path, name)]
         if os.path.isfile(index := os.path.join(path, f"{name}.index.json")):
-            files = [os.path.join(path, shard) for shard in sorted(set(_read_json(index)["weight_map"].values()))]
+            files = [os.path.join(path, shard) for shard in _shards(index)]
             if missing := [file for file in files if not os.path.isfile(file)]:
                 raise FileNotFoundError(f"{index}: {len(missing)} of {len(files)} shards are missing, fetch them: "
                                         f"{', '.join(missing)}")
@@ -559,17 +562,28 @@ def _read_json(path):
     return content
 
 
+def _shards(index):
+    """Names of the weight files that an index.json lists, sorted."""
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index}: its 'weight_map' is no object of tensor: file; fetch it again")
+    return sorted(set(files.values()))
+
+
 def _model_config(checkpoint):
     """EvaClipConfig of a checkpoint: from the config.json beside it in any of three forms, else from the tensors."""
     file = os.path.join(os.path.dirname(checkpoint.files[0]), "config.json")
     given = os.path.isfile(file)
     content = _read_json(file) if given else {}
-    if content.get("model_type") == "eva_clip" and "config" in content:  # as save() writes it
+    own = content.get("model_type") == "eva_clip" and "config" in content  # as save() writes it
+    for name in ("config",) if own else content.keys() & CONFIG_NAMES.keys():
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{file}: {name!r} is {content[name]!r}, expected an object of settings; fetch it again")
+    if own:
         known = {field.name for field in dataclasses.fields(EvaClipConfig)}
         if unknown := sorted(content["config"].keys() - known):
             raise ValueError(f"{file}: unknown settings {unknown}; known are {sorted(known)}")
-        # JSON has no tuples, and a frozen config with a list could not be compared by hash.
-        return _build({k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}, file)
+        return _build(content["config"], file)
     if given and not content.keys() & CONFIG_NAMES.keys():
         raise ValueError(f"{file}: model_type {content.get('model_type')!r}, and neither 'vision_config' (Hugging "
                          "Face) nor 'vision_cfg' (eva_clip) is in it: not the config of an EVA-CLIP")
@@ -584,10 +598,28 @@ def _model_config(checkpoint):
 
 
 def _build(settings, file):
+    # JSON has no tuples, and a frozen config with a list could not be compared by hash.
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    _check_numbers(settings, file)
     try:
         return EvaClipConfig(**settings)
-    except (TypeError, ValueError) as error:  # a number that is a text, or a width that its heads do not divide
+    except ValueError as error:  # a width that its heads do not divide
         raise ValueError(f"{file}: {error}") from error
+
+
+def _check_numbers(settings, file):
+    """ValueError naming a setting that is not of its kind: null, a text, 0 ..., which arithmetic would trip over."""
+    for name, value in settings.items():
+        if name == "postnorm":
+            if value not in (True, False, None):
+                raise ValueError(f"{file}: {name} is {value!r}, expected true or false; fetch it again")
+            continue
+        kinds, wanted = ((int, float), "a number above 0") if name == "mlp_ratio" else ((int,), "whole and above 0")
+        pair = name == "image_size" and isinstance(value, (tuple, list)) and len(value) == 2
+        for number in value if pair else [value]:
+            # By type, not isinstance: True is an int to Python.
+            if type(number) not in kinds or not 0 < number < math.inf:
+                raise ValueError(f"{file}: {name} is {value!r}, expected {wanted}; fetch it again")
 
 
 def _settings(content, file):
@@ -596,6 +628,8 @@ def _settings(content, file):
              for theirs, ours in names.items() if theirs in content[section]}
     given.update({"embed_dim": content[name] for name in ("embed_dim", "projection_dim") if name in content})
     vision = content.get("vision_config", {})
+    _check_numbers({**given, **{name: vision[name] for name in ("num_attention_heads", "intermediate_size")
+                                if name in vision}}, file)
     if "num_attention_heads" in vision and "width" in given:
         given["head_width"] = given["width"] // vision["num_attention_heads"]
     if "intermediate_size" in vision and "width" in given:
@@ -648,7 +682,7 @@ def _download(name):
         # The index says which files belong together; a repository may hold the same weights in several forms.
         for weights in ("model.safetensors", "pytorch_model.bin"):
             index = os.path.join(folder, f"{weights}.index.json")
-            shards = set(_read_json(index)["weight_map"].values()) if os.path.isfile(index) else [weights]
+            shards = _shards(index) if os.path.isfile(index) else [weights]
             folder = snapshot_download(name, allow_patterns=["config.json", f"{weights}.index.json", *shards])
             if all(os.path.isfile(os.path.join(folder, shard)) for shard in shards):
                 return folder
@@ -750,6 +784,26 @@ def replacing(path):
     temporary = f"{path}.tmp"
     yield temporary
     os.replace(temporary, path)
+
+
+def hold(folder, flag):
+    """Lock a folder that is about to be written -> an open file: closing it lets go, and so does the kernel when the
+    process ends, however it ends. ValueError, naming the process, where another one writes there; flag: what names
+    another folder. The file `lock` stays: removing it would let a third process lock a new one while a second waits
+    with the old one open."""
+    file = open(os.path.join(folder, "lock"), "a+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by {file.read().decode().strip() or 'another process'}: wait for its "
+                             f"end, stop it, or choose another {flag}") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"{folder} cannot be locked ({error}): take care that no second process writes there", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+    return file
 
 
 def write_json(path, obj):
@@ -860,8 +914,10 @@ class Scorer:
 
     def __init__(self, name, device, dtype, batch_size=64):
         self.name, self.device, self.batch_size = name, torch.device(device), batch_size
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
+            raise ValueError(f"scorer {name}: no dtype {dtype!r}; use float32, bfloat16 or float16 (--scorer-dtype)")
+        dtype = known
         if dtype is None:  # bf16 halves the memory of 8 B weights; on a CPU it is slower than fp32
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.dtype = dtype
@@ -1019,8 +1075,8 @@ def _open_clip_folder(name):
         raise FileNotFoundError(f"{file} is missing: an open_clip folder has it and the weights")
     content = _read_json(file)
     # open_clip would take CLIP's statistics for a SigLIP whose config forgot its own.
-    lacking = [key for key in ("mean", "std", "resize_mode") if key not in content.get("preprocess_cfg", {})]
-    if "model_cfg" not in content or lacking:
+    model, pixels = content.get("model_cfg"), content.get("preprocess_cfg")
+    if not isinstance(model, dict) or not isinstance(pixels, dict) or {"mean", "std", "resize_mode"} - pixels.keys():
         raise ValueError(f"{file}: needs model_cfg, and preprocess_cfg with mean, std and resize_mode")
     # open_clip's own order of preference; where none of these is there it would take any, we only a single one.
     there = [file for file in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",

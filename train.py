@@ -29,14 +29,12 @@ import argparse
 import collections
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import importlib
 import io
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import threading
@@ -54,7 +52,7 @@ from tqdm import tqdm
 import rgrpo
 from policy import cache_memory, load_policy, passing_memory, saved_activations
 from rewards import metrics, reward, summary
-from scorer import crop, load_data, load_scorer, replacing, scores, write_json
+from scorer import crop, hold, load_data, load_scorer, replacing, scores, write_json
 
 PRESETS = {
     # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts; --queries counts those of all processes, so
@@ -835,29 +833,14 @@ def append(path, rows):
 
 @contextlib.contextmanager
 def only_writer(run):
-    """Hold the run folder's lock: ValueError, naming the process, where another one trains there.
-
-    The kernel lets go of it when the process ends, however it ends. The file stays: removing it would let a third
-    process lock a new one while a second waits with the old one open.
-    """
+    """Hold the run folder's lock: ValueError, naming the process, where another one trains there."""
     if place()[0]:  # process 0 writes; where it is refused, the others lose it and end
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
     with writing(run / "lock"):
-        file = open(run / "lock", "a+b", buffering=0)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"{run} is in use by {file.read().decode().strip() or 'another process'}: wait for its "
-                             "end, stop it, or choose another --run") from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"{run} cannot be locked ({error}): take care that no second process trains there", file=sys.stderr)
-        with writing(run / "lock"):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        lock = hold(run, "--run")
+    with lock:
         yield
 
 

@@ -396,7 +396,17 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, truth):
 
 @pytest.mark.parametrize("change, message", [
     (lambda c: c["vision_cfg"].update(head_width=7), "width 24 is no multiple of head_width 7"),
-    (lambda c: c["vision_cfg"].update(width="24"), "not all arguments converted"),
+    (lambda c: c["vision_cfg"].update(width="24"), "width is '24', expected whole and above 0; fetch"),
+    (lambda c: c["vision_cfg"].update(layers="2"), "layers is '2', expected whole and above 0"),
+    (lambda c: c["vision_cfg"].update(layers=True), "layers is True, expected whole and above 0"),
+    (lambda c: c["vision_cfg"].update(patch_size=0), "patch_size is 0, expected whole and above 0"),
+    (lambda c: c["vision_cfg"].update(mlp_ratio="2"), "mlp_ratio is '2', expected a number above 0"),
+    (lambda c: c["vision_cfg"].update(postnorm="no"), "postnorm is 'no', expected true or false"),
+    (lambda c: c["text_cfg"].update(context_length=None), "context is None, expected whole and above 0"),
+    (lambda c: c.update(vision_cfg=None), "config.json: 'vision_cfg' is None, expected an object of settings; fetch"),
+    (lambda c: c.update(text_cfg=[1]), r"config.json: 'text_cfg' is \[1\], expected an object of settings; fetch"),
+    (lambda c: c.update(model_type="eva_clip", config=None), "config.json: 'config' is None, expected an object"),
+    (lambda c: c.update(model_type="eva_clip", config={"image_size": [28]}), r"image_size is \(28,\), expected whole"),
     (lambda c: c["vision_cfg"].update(layers=3), "9 missing: visual.blocks.2.norm1.weight, visual"),
     (lambda c: c.clear(), "not the config of an EVA-CLIP")])
 def test_bad_config(broken, change, message):
@@ -406,6 +416,53 @@ def test_bad_config(broken, change, message):
     (path.parent / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         S.EvaClip.load(path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.update(vision_config=None), "'vision_config' is None, expected an object of settings; fetch it"),
+    (lambda c: c.update(text_config=None), "'text_config' is None, expected an object of settings; fetch it"),
+    (lambda c: c["vision_config"].update(num_attention_heads=0), "num_attention_heads is 0, expected whole"),
+    (lambda c: c["vision_config"].update(num_attention_heads=None), "num_attention_heads is None, expected whole"),
+    (lambda c: c["vision_config"].update(intermediate_size="48"), "intermediate_size is '48', expected whole"),
+    (lambda c: c.update(projection_dim=None), "embed_dim is None, expected whole")])
+def test_bad_hugging_face_config(broken, change, message):
+    path = broken("hf")
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        S.EvaClip.load(path)
+
+
+def test_dtype_of_a_config_is_nobodys_business(broken):
+    """Weights have their own, and --scorer-dtype says what is wanted: a short name there is no fault."""
+    path = broken("hf")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "dtype": "bf16", "torch_dtype": "bf16"}))
+    assert S.EvaClip.load(path).logit_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "load", "int8", 3])
+def test_unknown_dtype(broken, dtype):
+    path = str(broken("hf"))
+    with pytest.raises(ValueError, match=f"scorer {path}: no dtype {dtype!r}; use float32, bfloat16 or float16"):
+        S.load_scorer(path, dtype=dtype)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
+def test_index_without_files(broken, content):
+    path = broken("hf sharded")
+    (path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="index.json: its 'weight_map' is no object of tensor: file; fetch it again"):
+        S.EvaClip.load(path)
+
+
+@pytest.mark.parametrize("content", [{"model_cfg": {}, "preprocess_cfg": None}, {"preprocess_cfg": {"mean": 0}},
+                                     {"model_cfg": None, "preprocess_cfg": {"mean": 0, "std": 1, "resize_mode": 2}}])
+def test_bad_open_clip_config(tmp_path, content):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="open_clip_config.json: needs model_cfg, and preprocess_cfg with mean"):
+        S.load_scorer(str(tmp_path))
 
 
 def test_which_file_is_not_guessed(tmp_path, truth):

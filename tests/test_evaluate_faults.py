@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from test_evaluate import LEFT, run_main
 from test_evaluate_extra import RedBlind, Policy, rows_of, world  # noqa: F401
 
 import evaluate
+import scorer
 from policy import Action
 
 
@@ -125,3 +128,73 @@ def test_from_rows_refuses_what_it_would_ignore(flags):
 def test_one_query_and_none_with_a_positive(world):
     arguments, _ = world
     run_main(arguments, "--limit", "1", "--samples", "2", "--fuse", ".5")
+
+
+# ------------------------------------------------------------------------------------------- names of folders
+
+@pytest.mark.parametrize("spelt", ["{}/", "{}//", "./{}"])
+def test_run_with_a_slash_at_its_end(world, tmp_path, monkeypatch, spelt):
+    """One name for one run, in metrics.json and as the tracker's."""
+    arguments, _ = world
+    monkeypatch.chdir(tmp_path)
+    runs, real = [], evaluate.importlib.import_module
+    tracker = SimpleNamespace(init=lambda **about: runs.append(about) or SimpleNamespace(
+        log=lambda numbers: None, finish=lambda: None))
+    monkeypatch.setattr(evaluate.importlib, "import_module", lambda name: tracker if name == "wandb" else real(name))
+    run = os.path.relpath(arguments[3])
+    evaluate.main(["--data", spelt.format("data"), "--run", spelt.format(run), "--methods", "full", "--wandb", "p"])
+    result = json.loads((tmp_path / run / "eval" / "metrics.json").read_text())
+    assert (result["run"], result["data"]) == (run, "data")
+    assert runs[0]["name"] == os.path.basename(run)
+
+
+def test_tracker_of_rows_that_named_the_run_with_a_slash(world, monkeypatch):
+    """metrics.json of an earlier version, read again with --from-rows."""
+    runs = []
+    wandb = SimpleNamespace(init=lambda **about: runs.append(about["name"]) or SimpleNamespace(
+        log=lambda numbers: None, finish=lambda: None))
+    result = {"run": "runs/world/", **dict.fromkeys(("data", "split", "scorer", "decode", "seed", "threshold"))}
+    evaluate.show(wandb, "p", {**result, "methods": {}})
+    assert runs == ["world"]
+
+
+def test_dots_of_a_folder_are_left_alone():
+    """a/../b is not b where a is a link."""
+    assert evaluate.parse_args(["--run", "a/../b/"]).run == "a/../b"
+
+
+# ------------------------------------------------------------------------------------------- two processes
+
+def test_second_evaluation_of_a_folder_is_refused(world, tmp_path, monkeypatch):
+    """While the first decides, another asks for the same folder: it says who is there, and the first goes on unharmed.
+    A lock is of an open file and not of a process, so one process can play both."""
+    arguments, loaded = world
+    act, refused = loaded.policies["scripted"].act, []
+
+    def interrupted(*a, **settings):
+        folder = tmp_path / "run" / "eval"
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(SystemExit, match=rf"eval is in use by process {os.getpid()} on .*--out") as error:
+            evaluate.main([*arguments, "--methods", "full"])
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        evaluate.main([*arguments, "--methods", "full", "--out", str(tmp_path / "else")])  # another folder is free
+        refused.append(str(error.value))
+        return act(*a, **settings)
+
+    monkeypatch.setattr(loaded.policies["scripted"], "act", interrupted)
+    assert run_main(arguments, "--methods", "policy")["queries"] == 4
+    assert len(refused) == 1
+    monkeypatch.setattr(loaded.policies["scripted"], "act", act)
+    run_main(arguments, "--methods", "policy")  # free again
+
+
+def test_lock_is_free_after_an_error_and_on_disks_without_locks(world, tmp_path, monkeypatch, capsys):
+    arguments, loaded = world
+    monkeypatch.setattr(loaded.policies["scripted"], "dies_at", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(arguments, "--methods", "policy")
+    run_main(arguments, "--methods", "policy")
+    capsys.readouterr()
+    monkeypatch.setattr(scorer.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    run_main(arguments, "--methods", "full")
+    assert "cannot be locked" in capsys.readouterr().err

@@ -2,9 +2,12 @@
 
 import csv
 import gzip
+import importlib.machinery
 import json
 import os
 import shutil
+import sys
+import types
 
 import faiss
 import numpy as np
@@ -139,3 +142,207 @@ def test_rank_0_searches_with_all_cores(monkeypatch):
         assert faiss.omp_get_max_threads() == os.cpu_count()
     finally:
         faiss.omp_set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------- AToMiC's dry run
+
+class Parquet:
+    """pyarrow.parquet.ParquetFile: every image of the knowledge base, and one that it does not list."""
+    columns = []
+
+    def __init__(self, path):
+        with open(path, encoding="utf-8") as file:
+            self.rows = json.load(file)
+
+    def iter_batches(self, batch_size, columns):
+        Parquet.columns.append(columns)
+        cells = [types.SimpleNamespace(as_py=lambda b=bytes.fromhex(content): b) for _, content in self.rows]
+        urls = types.SimpleNamespace(to_pylist=lambda: [url for url, _ in self.rows])
+        yield types.SimpleNamespace(column={"image_url": urls, "image": cells}.get)
+
+
+def tree(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_dry_run_unpacks_no_images(world, monkeypatch, capsys):
+    """The count is that of the real run, from the column of urls alone, and no file or folder changes."""
+    mapping = json.loads((world / "raw/url_to_path_mapping.json").read_text())
+    (world / "raw/atomic").mkdir()
+    S.write_json(world / "raw/atomic/p.parquet", [*((url, (world / "raw" / path).read_bytes().hex())
+                                                    for url, path in mapping.items()), ("https://other", "00")])
+    package, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
+    package.__spec__, parquet.ParquetFile = importlib.machinery.ModuleSpec("pyarrow", None), Parquet
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    monkeypatch.setattr(Parquet, "columns", [])
+    before = tree(world)
+    P.main(T.arguments(world, "--kb-images", "atomic", "--dry-run"))
+    assert tree(world) == before and Parquet.columns == [["image_url"]]
+    # 10 of the 30 entities have 4 images, 20 have one; and 30 query images a split.
+    assert "To embed: 150 images and 30 texts" in capsys.readouterr().out
+    assert T.run(world, "--kb-images", "atomic")["kb"]["images"] == 10 * 4 + 20
+    assert Parquet.columns[1:] == [["image_url", "image"]]
+    unpacked = tree(world)
+    P.main(T.arguments(world, "--kb-images", "atomic", "--dry-run"))
+    assert "To embed: 150 images and 30 texts" in capsys.readouterr().out
+    assert tree(world) == unpacked and len(Parquet.columns) == 2  # read from what the real run left
+
+
+# ------------------------------------------------------------------------------------------- two processes
+
+def test_second_process_on_a_folder_is_refused(world):
+    T.run(world)
+    with S.hold(str(world / "data.work"), "--out"), pytest.raises(SystemExit, match="in use by process .*another --out"):
+        P.main(T.arguments(world))
+    assert (world / "data/manifest.json").exists()  # the refused one has removed nothing
+    T.run(world)  # free again
+
+
+# ------------------------------------------------------------------------------------------- damaged shards
+
+@pytest.mark.parametrize("suffix, damage", [
+    ("json", lambda b: b""), ("json", lambda b: b[:-9]), ("json", lambda b: bytes(len(b))), ("json", lambda b: b"[]"),
+    ("json", lambda b: json.dumps({"key": json.loads(b)["key"]}).encode()), ("npy", lambda b: b""),
+    ("npy", lambda b: b[:60]), ("npy", lambda b: b[:-2]), ("npy", None)], ids=["empty", "cut", "zeros", "list", "half", "empty array", "header", "cut array", "gone"])
+def test_damaged_shard_is_made_again(world, monkeypatch, suffix, damage):
+    """Of 60 images in shards of 25 the second is damaged: 25 images are embedded again, and the result is the same."""
+    flags = ("--shard-size", "25")
+    first, path = T.run(world, *flags)["files"], world / f"data.work/kb_image-000001.{suffix}"
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    made, write = [], P.Shards.write
+    monkeypatch.setattr(P.Shards, "write", lambda self, number, *a: made.append((self.name, number))
+                        or write(self, number, *a))
+    assert T.run(world, *flags)["files"] == first and made == [("kb_image", 1)]
+
+
+def test_shard_of_other_rows_is_made_again(world, monkeypatch):
+    """Its key says that it is right, but it holds a row too many, or numbers of another kind."""
+    path, made, write = world / "data.work/kb-000000.npy", [], P.Shards.write
+    monkeypatch.setattr(P.Shards, "write", lambda self, number, *a: made.append(self.name) or write(self, number, *a))
+    right = np.load(path)
+    for wrong in (np.concatenate([right, right[:1]]), right.astype(np.float32)):
+        np.save(path, wrong)
+        made.clear()
+        T.run(world)
+        assert made == ["kb"] and np.array_equal(np.load(path), right)
+
+
+# ------------------------------------------------------------------------------------------- halves of surrogate pairs
+
+HALF = "\ud83d"  # as json.loads reads "\ud83d" where a text was cut inside an emoji
+
+
+def test_half_a_surrogate_pair_anywhere_in_the_knowledge_base(world, capsys):
+    def change(kb):
+        entries = list(kb.values())
+        entries[5]["title"] += HALF
+        entries[6]["section_texts"][0] = HALF + entries[6]["section_texts"][0]
+        entries[7]["image_urls"].append(f"https://img/{HALF}.jpg")  # the only one that is not in the mapping
+        kb[f"https://{HALF}"] = {"title": HALF, "section_texts": [HALF], "image_urls": []}
+        del kb["https://no.image"]
+        kb[f"https://{HALF}2"] = {"title": "Two", "section_texts": [HALF], "image_urls": ["https://img/half"]}
+        entries[0]["image_urls"].remove("https://img/nowhere.jpg")
+    path = world / "raw/encyclopedic_kb_wiki.json"
+    kb = json.loads(path.read_text(encoding="utf-8"))
+    change(kb)
+    path.write_text(json.dumps(kb))  # escaped, as the files are that hold such texts
+    mapping = json.loads((world / "raw/url_to_path_mapping.json").read_text())
+    mapping["https://img/half"] = f"kb/{HALF}.jpg"  # no file can be called so
+    (world / "raw/url_to_path_mapping.json").write_text(json.dumps(mapping))
+    P.main(T.arguments(world, "--visualize", "2"))
+    printed = capsys.readouterr().out
+    printed.encode()
+    assert "https://img/?.jpg" in printed and "kb/?.jpg is missing" in printed
+    manifest = json.loads((world / "data/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["kb"]["dropped"] == {"entry has no image": 1, P.NO_IMAGE: 1}
+    assert manifest["kb"]["first_dropped"]["entry has no image"] == "https://?"
+    data = S.load_data(str(world / "data"), "test")
+    assert data.entity(5)["title"] == f"{kb[T.url(5)]['title'][:-1]}?"
+    (world / "data/kb.jsonl").read_text(encoding="utf-8")  # strict
+
+
+def test_half_a_surrogate_pair_in_infoseeks_rows(world):
+    """The question, the title (which becomes a url) and an id; the url that is found by title is a positive."""
+    raw = world / "raw"
+    path = raw / "encyclopedic_kb_wiki.json"
+    kb = json.loads(path.read_text(encoding="utf-8"))
+    kb = {f"https://w/{HALF}" if key == T.url(3) else key: entry for key, entry in kb.items()}
+    kb[f"https://w/{HALF}"]["title"] = f"Cut {HALF}"
+    path.write_text(json.dumps(kb))
+    T.save(str(raw), "oven_images/oven_1.jpg", T.colour(3))
+    lines = {"infoseek_val.jsonl": {"data_id": f"d{HALF}", "image_id": "oven_1", "question": f"What {HALF}?"},
+             "infoseek_val_withkb.jsonl": {"data_id": f"d{HALF}", "entity_id": "Q1", "entity_text": f"Cut {HALF}"}}
+    for name, line in lines.items():
+        (raw / name).write_text(json.dumps(line) + "\n")
+    T.run(world, "--dataset", "infoseek", "--kb", path.name, "--splits", "test", "--k", "5")
+    query = S.load_data(str(world / "data"), "test").queries[0]
+    assert (query.query_id, query.question, query.positives) == ("d?", "What ??", ["https://w/?"])
+    assert query.labels[0] == 1  # its own colour: the first candidate
+
+
+def test_unreadable_image_with_a_name_that_is_no_utf8(world, capsys):
+    path = os.fsdecode(b"kb/caf\xe9.jpg")
+    (world / "raw" / path).write_bytes(b"no image")
+    file = world / "raw/url_to_path_mapping.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "https://img/1_0.jpg": path}))
+    P.main(T.arguments(world))
+    assert "kb/caf?.jpg cannot be read" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- links in image folders
+
+@pytest.mark.parametrize("links", [{"a/up": "..", "a/b/top": "../.."}, {"a/b/self": "."}, {"loop": "loop"},
+                                   {"c/there": "../a", "a/to": "../c"}, {"one": "two", "two": "one"}], ids=str)
+def test_links_that_lead_in_a_circle(tmp_path, links):
+    for name in ("a/b/7.jpg", "c/8.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"")
+    for link, target in links.items():
+        os.symlink(target, tmp_path / "in" / link)
+    assert P.find_files(str(tmp_path), "in", {"7"}) == {"7": "in/a/b/7.jpg"}
+    found = [os.path.relpath(entry.path, tmp_path / "in") for entry in P.files_below(str(tmp_path / "in"))]
+    assert len(set(found)) == len(found) and {"a/b/7.jpg", "c/8.jpg"} <= {*found}
+    # Two folders that link to each other: each file by both ways. A link to nowhere or to itself is no folder.
+    assert {*found} - {"a/b/7.jpg", "c/8.jpg"} <= {"c/there/b/7.jpg", "a/to/8.jpg", *links}
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """As disks are linked in; one folder by two names is found by both, and the first by path is taken."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/7.jpg").write_bytes(b"")
+    (tmp_path / "in").mkdir()
+    for name in ("b", "a"):
+        os.symlink(tmp_path / "disk", tmp_path / "in" / name)
+    assert P.find_files(str(tmp_path), "in", {"7"}) == {"7": "in/a/7.jpg"}
+    assert sorted(entry.path for entry in P.files_below(str(tmp_path / "in"))) == [
+        str(tmp_path / "in" / name / "7.jpg") for name in "ab"]
+
+
+def test_images_of_the_knowledge_base_behind_a_link(world):
+    """--kb-images names a folder of which a part lies on another disk; a link back to the top is no trap."""
+    mapping = json.loads((world / "raw/url_to_path_mapping.json").read_text())
+    first = next(iter(mapping))  # https://img/0_0.jpg: kb/0_0.jpg
+    os.makedirs(world / "disk")
+    shutil.move(world / "raw" / mapping[first], world / "disk")
+    os.symlink(world / "disk", world / "raw/kb/disk")
+    os.symlink("..", world / "raw/kb/up")
+    manifest = T.run(world, "--kb-images", "kb")
+    assert manifest["kb"]["images"] == len(mapping)
+    assert S.load_data(str(world / "data"), "test").entity(0)["images"][0] == "kb/disk/0_0.jpg"
+
+
+# ------------------------------------------------------------------------------------------- to look at
+
+def test_slivers_are_drawn(world):
+    """1 x 5000 in a cell of 128: .0256 pixels wide, drawn as one."""
+    data = S.load_data(str(world / "data"), "val")
+    Image.new("RGB", (1, 5000), "red").save(data.image_path(0), "PNG")
+    Image.new("RGB", (5000, 1), "red").save(data.candidate_image_path(data.queries[0].pool_image[0]), "PNG")
+    sheet = S.read_image(P.draw_pools(str(world / "data"), 1))
+    assert sheet.getpixel((4, 20)) == sheet.getpixel((4, 147)) == (255, 0, 0) != sheet.getpixel((5, 20))
+    assert [P.fitted(Image.new("RGB", size), 128).size for size in ((300, 200), (10, 20), (5000, 1))] == [
+        (128, 85), (64, 128), (128, 1)]  # 200 * 128 / 300 = 85.3

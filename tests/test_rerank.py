@@ -282,7 +282,7 @@ def build(tmp_path):
 def fakes(monkeypatch):
     """The models that the command loads, and what it said when it loaded the policy."""
     found = SimpleNamespace(scorer=ColourScorer(), policy=ScriptedPolicy(), loaded=[])
-    monkeypatch.setattr(tool, "load_scorer", lambda name, device: found.scorer)
+    monkeypatch.setattr(tool, "load_scorer", lambda name, device, dtype=None: found.scorer)
     monkeypatch.setattr(tool, "load_policy", lambda name, **how: found.loaded.append((name, how)) or found.policy)
     return found
 

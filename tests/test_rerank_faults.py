@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from test_rerank import build, fakes, lines_of, run, world, write_batch  # noqa: F401
+from test_rerank import ColourScorer, build, fakes, lines_of, run, world, write_batch  # noqa: F401
+
+from tools import rerank as tool
 
 
 def test_batch_refuses_another_adapter_in_the_same_folder(world, capsys):
@@ -41,3 +43,25 @@ def test_system_prompt_is_the_trained_one_to_the_letter(world, capsys, fakes):
     (world / "run" / "config.json").write_text(json.dumps(config))
     run(world, capsys, "--query", "q 0")
     assert fakes.loaded[-1][1]["system_prompt"] == "Crop or not?\n"
+
+
+def test_scorer_dtype_of_the_data_is_the_default(world, capsys, monkeypatch):
+    """As in evaluate.py; the flag wins; data that does not say, or is not there, leaves it to the device."""
+    asked = []
+    monkeypatch.setattr(tool, "load_scorer", lambda name, device, dtype=None: asked.append(dtype) or ColourScorer())
+    manifest, path = json.loads((world / "data" / "manifest.json").read_text()), world / "data" / "manifest.json"
+    run(world, capsys, "--query", "q 0")
+    path.write_text(json.dumps({**manifest, "args": {"scorer_dtype": "bfloat16"}}))
+    run(world, capsys, "--query", "q 0")
+    run(world, capsys, "--query", "q 0", "--data", world / "data", "--scorer", "colours")
+    run(world, capsys, "--query", "q 0", "--scorer-dtype", "float16")
+    path.unlink()
+    run(world, capsys, "--image", world / "raw" / "q0.png", "--question", "What, 0", "--candidates", world / "raw")
+    assert asked == [None, "bfloat16", "bfloat16", "float16", None]
+
+
+def test_batch_refuses_another_scorer_dtype(world, capsys):
+    arguments = write_batch(world)
+    run(world, capsys, *arguments)
+    with pytest.raises(SystemExit, match="begun with another scorer_dtype"):
+        run(world, capsys, *arguments, "--scorer-dtype", "bfloat16")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import policy as policy_file
+import scorer as scorer_file
 import train
 from policy import Action
 from scorer import load_data, load_scorer
@@ -201,7 +202,7 @@ def test_killed_child_takes_no_lock_along():
 
 def test_second_process_on_a_run_is_refused_until_the_first_is_dead(home, tmp_path):  # noqa: F811
     run = tmp_path / "run"
-    first = multiprocessing.get_context("fork").Process(target=lambda: hold(run))
+    first = multiprocessing.get_context("fork").Process(target=lambda: hold_run(run))
     first.start()
     while not (run / "lock").exists() or not (run / "lock").read_text().endswith("\n"):
         time.sleep(0.01)
@@ -214,7 +215,7 @@ def test_second_process_on_a_run_is_refused_until_the_first_is_dead(home, tmp_pa
         assert (run / "lock").read_text().startswith(f"process {os.getpid()} ")
 
 
-def hold(run):
+def hold_run(run):
     with train.only_writer(run):
         time.sleep(60)
 
@@ -229,7 +230,7 @@ def test_lock_is_free_again_after_an_error_and_on_disks_without_locks(tmp_path, 
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(train.fcntl, "flock", unsupported)
+    monkeypatch.setattr(scorer_file.fcntl, "flock", unsupported)
     with train.only_writer(tmp_path):
         assert "cannot be locked" in capsys.readouterr().err
 

@@ -84,6 +84,9 @@ def parse_args(argv=None):
     models.add_argument("--policy", help="model id or folder; default: the one the run was trained from")
     models.add_argument("--adapter", help="folder of a LoRA adapter; default: the run's; without a run: none")
     models.add_argument("--scorer", help="scorer; default: the one that the data was prepared with, or the run's")
+    models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the scorer's weights; default: as the data was prepared with --scorer-dtype, else "
+                             "bfloat16 on CUDA, float32 elsewhere")
     models.add_argument("--data", help="folder of prepare.py; default: the run's")
     models.add_argument("--split", default="test", help="split of --data that --query and the page's examples come "
                                                         "from: train, val or test")
@@ -468,7 +471,7 @@ def open_models(args):
     config = read_config(folder) if folder else {}
     settings = config.get("args", {})
     policy_name, data = args.policy or config.get("policy"), args.data or config.get("data")
-    scorer_name = args.scorer or (manifest_scorer(args.data) if args.data else config.get("scorer"))
+    scorer_name = args.scorer or (read_manifest(args.data)["scorer_name"] if args.data else config.get("scorer"))
     if not scorer_name:
         raise ValueError("no scorer: give --scorer, or --data, or a --run that was trained with one")
     adapter = args.adapter or (os.path.join(folder, "adapter") if folder else None)
@@ -476,7 +479,8 @@ def open_models(args):
     if args.threshold is not None and decode == "free":
         raise ValueError(f"{folder} was trained with free decoding, which has no exact p(REGION | x): leave out "
                          "--threshold or add --decode grammar")
-    scorer = load_scorer(scorer_name, args.device)
+    dtype = args.scorer_dtype or prepared_dtype(data)
+    scorer = load_scorer(scorer_name, args.device, dtype)
 
     def open_data():
         if not data:
@@ -493,7 +497,7 @@ def open_models(args):
             # By content, too: trained or prepared again, the same folder gives other answers.
             "adapter weights": digest(adapter, "adapter_model.safetensors"),
             "data files": digest(data, "manifest.json"), "system prompt": prompt,
-            "max_pixels": settings.get("max_pixels")}
+            "max_pixels": settings.get("max_pixels"), "scorer_dtype": dtype}
     return Models(policy, scorer, Pools(scorer, open_data, args.k), decode, args.threshold, same)
 
 
@@ -515,12 +519,21 @@ def read_config(folder):
         return json.load(file)
 
 
-def manifest_scorer(folder):
+def prepared_dtype(folder):
+    """prepare.py's --scorer-dtype, or None: queries are compared with stored features, and rounded otherwise they would
+    differ by that alone. None as well without data, which candidates in files do not need."""
+    if not folder or not os.path.isfile(os.path.join(folder, "manifest.json")):
+        return None
+    return read_manifest(folder).get("args", {}).get("scorer_dtype")
+
+
+def read_manifest(folder):
+    """manifest.json of a data folder; FileNotFoundError with what to do where it is not there."""
     path = os.path.join(folder, "manifest.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: run `python prepare.py --out {folder}` (or `make data`)")
     with open(path, encoding="utf-8") as file:
-        return json.load(file)["scorer_name"]
+        return json.load(file)
 
 
 # ----------------------------------------------------------------------------------------------------------- one query
