@@ -65,6 +65,7 @@ COLUMNS = ("MRR", "NDCG", "R@1", "R@5", "R@10", "R@20", "CondR@1", "CondR@5", "C
 ROW_FIELDS = ("query_id", "question", "image", "kind", "positives", "decision", "box", "p_region", "text", "scores",
               "labels", "rank", "full_rank", "margin", "full_margin", "iou", "containment", "judge", "seconds",
               "encodes", "unreadable")
+RETRIEVED_FIELDS = ("query_id", "scores", "labels")  # of a row of Table 8: what its numbers are made from
 PAPER = {  # Tables 1 and 2, recalls in per cent as printed there; the rows that `evaluate.py` has too
     "E-VQA": {"full": (.22, .29, 14.2, 33.4, 47.4, 50.8, .28, .66, .93),
               "random": (.06, .16, 1.2, 5.9, 20.7, 50.8, .02, .12, .41),
@@ -206,13 +207,26 @@ def open_run(folder, data, methods):
                                 "short), or ask for --methods full,center,zeroshot")
     if not os.path.isfile(config_file):
         return {}
-    with open(config_file, encoding="utf-8") as file:
-        config = json.load(file)
+    config = read_json(config_file, "put it back, or train with another --run")
+    if not {"pools", "data"} <= config.keys() or not isinstance(config.get("args", {}), dict):
+        raise ValueError(f"{config_file} is not what train.py wrote: put it back, or train with another --run")
     # The hash of the pools and not of manifest.json: the same pools prepared in another folder are the same data.
     if config["pools"] != data.identity:
         raise ValueError(f"run {folder} was trained on {config['data']} (pools {config['pools']}), but {data.folder} "
                          f"has pools {data.identity}: evaluate on the data of the run, or train with another --run")
     return config
+
+
+def read_json(path, remedy):
+    """The object that a JSON file holds. ValueError naming the file and what to do."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
+            raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object: {remedy}")
+    return content
 
 
 def adapter_file(run):
@@ -231,15 +245,24 @@ def read_truth(data):
     rows, truth = {}, {}
     for i, query in enumerate(data.queries):  # several questions may be asked about one image
         rows.setdefault(query.image, []).append(i)
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            fact = json.loads(line)
-            missing = {"image", "box", "kind"} - fact.keys()
-            if missing or len(fact["box"]) != 4:
-                raise ValueError(f"{path}:{number}: needs image, kind and a box of 4 numbers; draw the world again")
+            fact = read_fact(line, f"{path}:{number}")
             for i in rows.get(fact["image"], ()):
                 truth[i] = {**fact, "box": tuple(fact["box"])}
     return truth
+
+
+def read_fact(line, where):
+    """A line of truth.jsonl -> dict. ValueError naming `where` unless it has image, kind and a box with an area."""
+    try:
+        fact = json.loads(line)
+        x1, y1, x2, y2 = fact["box"]
+        if x1 < x2 and y1 < y2 and np.isfinite(fact["box"]).all() and {"image", "kind"} <= fact.keys():
+            return fact
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, no UTF-8, no dict, no list, other than four
+        pass
+    raise ValueError(f"{where}: needs image, kind and a box of 4 numbers; draw the world again")
 
 
 def choose_methods(wanted, truth, second=None):
@@ -300,8 +323,12 @@ class Progress:
                 lines = found
             else:
                 print(f"note: {path} is of another adapter, policy or way of decoding, and is begun anew")
-        for line in lines[1:]:
-            entry = json.loads(line)
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise Refused(f"{path}:{number}: not JSON ({error}); remove the file, and its answers are asked for "
+                              "again") from error
             self.values[entry["name"], entry["row"]] = entry["value"]
         if path:
             with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -598,15 +625,17 @@ def read_run(path):
     or "retrieved_entries": [url ...]}}. OMGM: {query: {"retrieved_entities": [{"url"} ...]}}. ValueError naming file
     and line or query.
     """
-    with open(path, encoding="utf-8") as file:
-        head = file.read(64).lstrip()
-        file.seek(0)
-        if not head.startswith("{"):
-            return "trec", read_trec(path, file)
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not whole JSON ({error}); copy the file again") from error
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    if not text.lstrip().startswith("{"):
+        return "trec", read_trec(path, io.StringIO(text))
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not whole JSON ({error}); copy the file again") from error
     ranked, kinds = {}, set()
     for query, entry in content.items():
         keys = entry.keys() if isinstance(entry, dict) else ()
@@ -636,6 +665,8 @@ def read_trec(path, file):
             continue
         try:
             query, _, entity, rank, score, _ = parts
+            if np.isnan(float(score)):
+                raise ValueError("sorted by NaN, entities come out in any order")
             found.setdefault(query, []).append((-float(score), int(rank), entity))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: expected `query Q0 entity rank score tag`, found {line.strip()!r}; "
@@ -816,6 +847,8 @@ def nearest_entities(index, kb_entity, queries, k):
     """
     k = min(k, len(np.unique(kb_entity)))
     depth = min(index.ntotal, k * int(np.bincount(kb_entity).max()))
+    if hasattr(index, "hnsw"):  # as wide as prepare.py searched it; the file holds faiss's narrow default
+        index.hnsw.efSearch = max(256, 2 * depth)
     entities, cosines = np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32)
     for start in range(0, len(queries), 256):
         found, rows = index.search(normalise(queries[start:start + 256]), depth)  # [256, depth]
@@ -1155,8 +1188,9 @@ def write_rows(path, rows):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_rows(path):
-    """Rows of one method, as write_rows wrote them. ValueError naming file and line for one that is not whole."""
+def read_rows(path, fields=ROW_FIELDS):
+    """Rows of one method, as write_rows wrote them. ValueError naming file and line for one that is not whole or lacks
+    one of `fields`."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -1164,7 +1198,7 @@ def read_rows(path):
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error}); run evaluate.py again") from error
-            if missing := [name for name in ROW_FIELDS if name not in row]:
+            if missing := [name for name in fields if name not in row]:
                 raise ValueError(f"{path}:{number}: no {', '.join(missing)}: rows of an older version; run evaluate.py "
                                  "again")
             rows.append(row)
@@ -1432,14 +1466,20 @@ def recall_again(data, scorer, actions, args, images):
     """Table 8: ({"full" | "policy": R@1 ... R@20 as shares, ...} for metrics.json, {view: rows})."""
     found = retrieval_stage(data, scorer, actions, args.batch_size, images)
     ranks = {name: metrics(cosines, labels) for name, (labels, cosines) in found.items()}
-    section = {name: {key: value for key, value in summary(ranks[name]).items() if key[:2] == "R@" or key == "MRR"}
-               for name in found}
     rows = {name: [{"query_id": query.query_id, "positives": list(query.positives),
                     "decision": "FULL" if name == "full" else actions[i].decision, "labels": labels[i].tolist(),
                     "scores": [float(f"{c:.9g}") for c in cosines[i]], "rank": int(ranks[name]["rank"][i]),
                     "full_rank": int(ranks["full"]["rank"][i])} for i, query in enumerate(data.queries)]
             for name, (labels, cosines) in found.items()}
-    return {"K": len(rows["full"][0]["labels"]), "queries": len(data.queries), **section}, rows
+    return retrieval_section(rows), rows
+
+
+def retrieval_section(rows):
+    """Table 8 in metrics.json from its rows {"full" | "policy": [Q]}."""
+    means = {name: summary(metrics(array(listed, "scores"), array(listed, "labels"))) for name, listed in rows.items()}
+    return {"K": len(rows["full"][0]["labels"]), "queries": len(rows["full"]), **{
+        name: {key: value for key, value in found.items() if key[:2] == "R@" or key == "MRR"}
+        for name, found in means.items()}}
 
 
 def write_all(folder, outcome, data, truth, sheet):
@@ -1534,7 +1574,9 @@ def check_retrieval(data):
     """FileNotFoundError or ValueError unless Table 8 can be made from this data folder."""
     path = os.path.join(data.folder, "index.faiss")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing, and --retrieval-stage searches it: run prepare.py again")
+        raise FileNotFoundError(f"{path} is missing, and --retrieval-stage searches it: leave that flag out, or run "
+                                "prepare.py again with --index flat, ivf or hnsw and none of --pool mined, --echosight "
+                                "and --candidate-image mean, which write no index")
     if bare := next((query for query in data.queries if not query.positives), None):
         raise ValueError(f"{data.pool_file}:{bare.row + 1}: query {bare.query_id!r} names no positives, so recall over "
                          "the whole knowledge base is not defined: prepare the data again")
@@ -1570,26 +1612,29 @@ def open_progress(folder, data, args, about):
 def from_rows(folder, split):
     """metrics.json computed anew from the rows of a finished evaluation -> result. No model, no data folder.
 
-    Rows alone do not tell the names in metrics.json, nor Table 8, the judge's model and what of a run file did not
-    match: these stay as they are. FileNotFoundError or ValueError where something is missing.
+    Rows alone do not tell the names in metrics.json, nor the judge's model and what of a run file did not match: these
+    stay as they are. FileNotFoundError or ValueError where something is missing.
     """
     path = os.path.join(folder, "metrics.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: no evaluation has finished here, so run one without --from-rows")
-    with open(path, encoding="utf-8") as file:
-        old = json.load(file)
-    if old.get("split") != split:
+    old = read_json(path, "run evaluate.py without --from-rows")
+    if missing := sorted({"split", "methods", "region_quality"} - old.keys()):
+        raise ValueError(f"{path} has no {', '.join(missing)}: run evaluate.py without --from-rows")
+    if old["split"] != split:
         raise ValueError(f"{path} is of split {old.get('split')}: give --split {old.get('split')}")
     names = [*old["methods"], *(["truth"] if "truth_box" in old else [])]
     rows = {name: read_rows(os.path.join(folder, f"{split}.{name}.jsonl")) for name in names}
     rescored = {tag: {name: read_rows(os.path.join(folder, f"{split}.{name}@{tag}.jsonl")) for name in found["methods"]}
                 for tag, found in old.get("test_scorers", {}).items()}
+    retrieved = {name: read_rows(os.path.join(folder, "retrieval", f"{split}.{name}.jsonl"), RETRIEVED_FIELDS)
+                 for name in (("full", "policy") if "retrieval_stage" in old else ())}
     for name, listed in [*rows.items(), *((f"{name}@{tag}", listed) for tag, found in rescored.items()
-                                          for name, listed in found.items())]:
+                                          for name, listed in found.items()), *retrieved.items()]:
         if [row["query_id"] for row in listed] != [row["query_id"] for row in rows["full"]]:
             raise ValueError(f"{folder}/{split}.{name}.jsonl has other queries than {split}.full.jsonl: it is of "
                              "another evaluation; run evaluate.py again")
-    return tabulate(old, rows, rescored)
+    return tabulate({**old, **({"retrieval_stage": retrieval_section(retrieved)} if retrieved else {})}, rows, rescored)
 
 
 def run_models(args, folder):

@@ -74,7 +74,7 @@ def parse_args(argv=None):
     for add in (file_flags, embedding_flags, pool_flags):
         add(parser)
     args = parser.parse_args(argv)
-    args.splits = args.splits.split(",")
+    args.splits = list(dict.fromkeys(args.splits.split(",")))  # a split named twice would count its drops twice
     # Checked here rather than by argparse's `type`, whose message cannot name the legal values.
     if set(args.splits) - {"train", "val", "test"}:
         parser.error(f"--splits {','.join(args.splits)}: expected a comma list out of train, val, test")
@@ -473,18 +473,27 @@ def find_images(args, collection, wanted):
     by_name = os.path.join(args.root, args.inat, f"{split}_id2name.json")
     official = os.path.join(args.root, args.inat, f"{split}.json")
     if os.path.isfile(by_name):
-        return {i: f"{args.inat}/{name}" for i, name in stream_json(by_name, b'"') if i in wanted}, "image id unknown"
-    if os.path.isfile(official):  # COCO's form, with the file names in a list: read whole
-        with open(official, encoding="utf-8") as file:
-            images = json.load(file)["images"]
-        return {str(image["id"]): f"{args.inat}/{image['file_name']}" for image in images
-                if str(image["id"]) in wanted}, "image id unknown"
+        names = _checked(by_name, stream_json(by_name, b'"'))
+        return {i: f"{args.inat}/{name}" for i, name in names if i in wanted}, "image id unknown"
+    if os.path.isfile(official):
+        return inat_names(official, args.inat, wanted), "image id unknown"
     # Renamed flat to <id>.jpg: ids of train and val do not meet.
     folder = os.path.join(args.root, args.inat)
     if os.path.isdir(folder) and (found := find_files(args.root, args.inat, wanted)):
         return found, "image missing"
     needed(by_name)  # says what is missing
     return {}, "image missing"
+
+
+def inat_names(path, folder, wanted):
+    """{image id: path} of the wanted ids from iNaturalist's own train.json or val.json (COCO's form: read whole)."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return {str(image["id"]): folder + "/" + image["file_name"] for image in json.load(file)["images"]
+                    if str(image["id"]) in wanted}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not iNaturalist's file of images with id and file_name "
+                             f"({type(error).__name__}: {error}); was it copied to its end?") from error
 
 
 def inside_root(args, path, where):
@@ -586,7 +595,7 @@ def _checked(source, pairs):
     for url, path in pairs:
         if not isinstance(path, str):
             raise ValueError(f"{source}: {url!r} has a {type(path).__name__}, expected the path of its image; is this "
-                             "the file of url -> path?")
+                             "the file that its name says?")
         yield url, path
 
 
@@ -719,6 +728,9 @@ def check_entry(path, url, entry, text):
     for name in ("section_texts", "image_urls"):
         if not all(isinstance(value, str) for value in entry[name]):
             raise ValueError(f"{path}: entry {url!r}: field {name!r} holds something that is no text")
+    if text == "caption" and not all(value is None or isinstance(value, str)
+                                     for value in entry["image_reference_descriptions"]):
+        raise ValueError(f"{path}: entry {url!r}: field 'image_reference_descriptions' holds something that is no text")
 
 
 def entry_images(files, url, image_urls, image_drops):

@@ -6,15 +6,17 @@ import os
 import threading
 from types import SimpleNamespace
 
+import faiss
 import numpy as np
 import pytest
 from PIL import Image
 from test_evaluate import LEFT, run_main
-from test_evaluate_extra import RedBlind, Policy, rows_of, world  # noqa: F401
+from test_evaluate_extra import RedBlind, Policy, rows_of, with_index, world  # noqa: F401
 
 import evaluate
 import scorer
 from policy import Action
+from scorer import normalise
 
 
 def test_best_of_samples_leaves_full_alone_whatever_a_killed_run_sampled(world, monkeypatch):
@@ -198,3 +200,82 @@ def test_lock_is_free_after_an_error_and_on_disks_without_locks(world, tmp_path,
     monkeypatch.setattr(scorer.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
     run_main(arguments, "--methods", "full")
     assert "cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"q0 Q0 caf\xe9 1 .5 t\n", "their.txt is not UTF-8"), (b'{"q0": "\xff"}', "their.txt is not UTF-8"),
+    (b"q0 Q0 a 1 nan t\nq0 Q0 b 2 .9 t\n", "their.txt:1: expected .* found 'q0 Q0 a 1 nan t'")])
+def test_run_file_that_cannot_be_read_is_named(world, tmp_path, content, complaint):
+    (tmp_path / "their.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match=complaint):
+        run_main(world[0], "--methods", "full", "--run-file", f"their={tmp_path}/their.txt")
+
+
+def test_run_file_with_a_byte_order_mark(world, tmp_path):
+    content = {"q0": {"retrieved_entries": ["https://w/entity 1"]}}
+    (tmp_path / "their.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    result = run_main(world[0], "--methods", "full", "--run-file", f"their={tmp_path}/their.json")
+    assert result["external"]["their"]["format"] == "echosight" and result["external"]["their"]["queries"] == 1
+
+
+@pytest.mark.parametrize("line", ["{cut", "[1]", '{"image": "q0.png", "box": 7, "kind": "x"}',
+                                  '{"image": "q0.png", "box": [1, 2, "a", 4], "kind": "x"}',
+                                  '{"image": "q0.png", "box": [5, 5, 5, 9], "kind": "x"}',
+                                  '{"image": "q0.png", "box": [0, 0, NaN, 9], "kind": "x"}'])
+def test_damaged_truth_names_the_line(world, tmp_path, line):
+    with open(tmp_path / "raw" / "truth.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    with pytest.raises(SystemExit, match="truth.jsonl:4: needs image, kind and a box"):
+        run_main(world[0])
+
+
+@pytest.mark.parametrize("content", ["{cut", "[1]", "{}", '{"pools": "x"}', '{"pools": "x", "data": "y", "args": 3}'])
+def test_damaged_config_of_the_run_is_named(world, tmp_path, content):
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(SystemExit, match="config.json .*put it back"):
+        run_main(world[0])
+
+
+@pytest.mark.parametrize("content", ["{cut", "[1]", "{}", '{"split": "test"}'])
+def test_damaged_metrics_are_named(world, tmp_path, content):
+    run_main(world[0])
+    (tmp_path / "run" / "eval" / "metrics.json").write_text(content)
+    with pytest.raises(SystemExit, match="metrics.json .*without --from-rows"):
+        run_main(world[0], "--from-rows")
+
+
+def test_damaged_answers_are_named(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "write_all", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_main(world[0])
+    part = tmp_path / "run" / "eval" / "test.actions.part"
+    lines = part.read_text().splitlines()
+    part.write_text("\n".join([*lines[:2], lines[2][:5], *lines[3:]]) + "\n")
+    with pytest.raises(SystemExit, match="actions.part:3: not JSON .* remove the file"):
+        run_main(world[0])
+
+
+def test_from_rows_makes_table_8_from_its_rows(world, tmp_path):
+    """A row changed by hand changes the table; damaged ones are named."""
+    arguments, _ = world
+    with_index(tmp_path / "data")
+    before = run_main(arguments, "--retrieval-stage")["retrieval_stage"]
+    path = tmp_path / "run" / "eval" / "retrieval" / "test.policy.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluate.write_rows(path, [{**row, "labels": [0] * len(row["labels"])} for row in rows])
+    after = run_main(arguments, "--from-rows")["retrieval_stage"]
+    assert before["policy"]["MRR"] > 0 == after["policy"]["MRR"] and after["full"] == before["full"]
+    evaluate.write_rows(path, rows[1:])
+    with pytest.raises(SystemExit, match="test.policy.jsonl has other queries"):
+        run_main(arguments, "--from-rows")
+
+
+def test_a_graph_index_is_searched_as_widely_as_prepare_searched_it():
+    """faiss writes its narrow default to the file: of 4,000 vectors it would miss many of the nearest 20."""
+    rng = np.random.default_rng(0)
+    vectors, queries = (normalise(rng.normal(size=(n, 32))) for n in (4000, 50))
+    index = faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT)
+    index.add(vectors)
+    found = evaluate.nearest_entities(index, np.arange(4000), queries, 20)[0]
+    exact = np.argsort(-queries @ vectors.T, axis=1)[:, :20]
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found.tolist(), exact.tolist())]) > .95

@@ -346,3 +346,30 @@ def test_slivers_are_drawn(world):
     assert sheet.getpixel((4, 20)) == sheet.getpixel((4, 147)) == (255, 0, 0) != sheet.getpixel((5, 20))
     assert [P.fitted(Image.new("RGB", size), 128).size for size in ((300, 200), (10, 20), (5000, 1))] == [
         (128, 85), (64, 128), (128, 1)]  # 200 * 128 / 300 = 85.3
+
+
+def test_captions_that_are_no_text(world):
+    T.edit_json(world / "raw/encyclopedic_kb_wiki.json",
+                lambda kb: next(iter(kb.values())).update(image_reference_descriptions=[None, 3]))
+    with pytest.raises(ValueError, match="'image_reference_descriptions' holds something that is no text"):
+        T.run(world, "--text", "caption")
+
+
+@pytest.mark.parametrize("content", ["{cut", "[1]", '{"annotations": []}', '{"images": [1]}', '{"images": [{"id": 1}]}',
+                                     '{"images": [{"id": 1, "file_name": 7}]}', '{"images": 3}'])
+def test_another_file_in_place_of_inaturalists(tmp_path, content):
+    (tmp_path / "val.json").write_text(content)
+    with pytest.raises(ValueError, match="val.json is not iNaturalist"):
+        P.inat_names(str(tmp_path / "val.json"), "inat", {"1"})
+
+
+def test_another_file_in_place_of_id2name(world):
+    path = next((world / "raw/inat").glob("*_id2name.json"))
+    path.write_text('{"1": {"a": "b"}}')
+    with pytest.raises(ValueError, match="id2name.json: '1' has a dict, expected the path of its image"):
+        T.run(world)
+
+
+def test_a_split_named_twice_counts_once(world):
+    """Its drops were counted for both, and kept + dropped was more than was read."""
+    assert P.parse_args(["--splits", "test,val,test"]).splits == ["test", "val"]

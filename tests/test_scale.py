@@ -58,6 +58,15 @@ def test_a_reader_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     assert list(result) == ["bytes", "prepare.stream_json"] and "too big" in capsys.readouterr().out
 
 
+def test_scan_embeds_nothing(tmp_path, monkeypatch):
+    """The trial batch of --dry-run takes more memory than what is read, and would hide it."""
+    asked, measure = [], scale.measure
+    monkeypatch.setattr(scale, "measure", lambda path, setup, work: asked.append(work) or measure(path, setup, work))
+    found = scale.measure_scan(*(scale.make_root(str(tmp_path), entries, 500) for entries in (60, 50)))
+    assert found["seconds"] > 0 and found["peak_mb"] > 0
+    assert len(asked) == 2 and all("read_all" in work and "prepare.prepare(" not in work for work in asked)
+
+
 @pytest.mark.parametrize("arguments, message", [(["--parts", "speed"], "expected a comma list out of stream, scan"),
                                                 (["--entries", "0"], "--entries must be at least 1")])
 def test_bad_arguments(arguments, message, capsys):

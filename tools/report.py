@@ -41,7 +41,7 @@ NEEDED = ("query_id", "question", "positives", "decision", "box", "scores", "lab
 CROPPING = ("zeroshot", "zeroshot2", "always", "policy")  # Table 4 and 7: methods that choose a region by looking
 BLOCK = 500  # resamples at a time: BLOCK x entities numbers are held, not all 10,000 x entities
 NO_WEIGHT = ("max_prompt_tokens", "checkpointing", "micro", "eval_every", "val_queries", "save_every", "samples_every",
-             "max_kl", "when_sick", "tensorboard", "wandb")  # arguments of train.py that move no weight
+             "max_kl", "when_sick", "tensorboard", "wandb", "log_level")  # arguments of train.py that move no weight
 SLACK = 0.01  # "at least as good as" means: not worse by more than this
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7A7A7A"  # told apart by colour-blind readers (Okabe-Ito)
@@ -99,14 +99,17 @@ class Ablation:
 
 
 def read_json(path, remedy):
-    """Content of a JSON file. FileNotFoundError or ValueError, each saying what makes the file anew."""
+    """The object that a JSON file holds. FileNotFoundError or ValueError, each saying what makes the file anew."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: {remedy}")
     with open(path, encoding="utf-8") as file:
         try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
             raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object: {remedy}")
+    return content
 
 
 def read_lines(path, needed=()):
@@ -118,18 +121,26 @@ def read_lines(path, needed=()):
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error}); make the file anew") from error
-            missing = [name for name in needed if name not in row]
+            missing = [name for name in needed if not isinstance(row, dict) or name not in row]
             if missing:
                 raise ValueError(f"{path}:{number}: no field {', '.join(missing)}; run evaluate.py again")
             rows.append(row)
     return rows
 
 
-def read_rows(folder, split):
-    """{method: [Q] rows} of an eval folder, in the order of LABELS; all about the same queries in the same order."""
+def row_files(folder, split):
+    """{method: path} of an eval folder. test.policy@clip.jsonl holds the rows of policy@clip."""
     pattern = os.path.join(glob.escape(folder), f"{split}.*.jsonl")
-    # test.policy@clip.jsonl holds the rows of policy@clip.
-    paths = {os.path.basename(path)[len(split) + 1:-len(".jsonl")]: path for path in glob.glob(pattern)}
+    return {os.path.basename(path)[len(split) + 1:-len(".jsonl")]: path for path in sorted(glob.glob(pattern))}
+
+
+def read_rows(folder, split, result=None):
+    """{method: [Q] rows} of an eval folder, in the order of LABELS; all about the same queries in the same order.
+
+    result: metrics.json, to leave out files that are not of its evaluation: those may be about other queries.
+    """
+    paths = row_files(folder, split)
+    paths = drop_old(paths, result)[0] if result else paths
     if "full" not in paths:
         raise FileNotFoundError(f"{folder}/{split}.full.jsonl is missing: run evaluate.py on split {split} first, "
                                 "`full` among its methods; every other method is compared with it")
@@ -144,7 +155,7 @@ def read_rows(folder, split):
 
 
 def drop_old(rows, result):
-    """({method: rows} of the evaluation that wrote metrics.json, names of the others).
+    """({method: anything} of the evaluation that wrote metrics.json, names of the others).
 
     evaluate.py --methods a,b leaves the files of other methods as they were, perhaps of another adapter.
     """
@@ -163,6 +174,11 @@ def check_same(rows, full, path, full_path):
         if row["query_id"] != other["query_id"] or row["labels"] != other["labels"]:
             raise ValueError(f"{path}:{number}: query {row['query_id']!r} does not match line {number} of {full_path}: "
                              "the rows are of different pools, run evaluate.py again or remove the old file")
+        scores = row["scores"] if isinstance(row["scores"], list) else ()
+        # abs: a NaN compares false
+        if [isinstance(s, (int, float)) and abs(s) < np.inf for s in scores] != [True] * len(row["labels"]):
+            raise ValueError(f"{path}:{number}: the scores of query {row['query_id']!r} must be {len(row['labels'])} "
+                             "finite numbers; run evaluate.py again")
 
 
 def measures(rows, full_rows):
@@ -248,9 +264,10 @@ def open_study(args):
     if result.get("split") != args.split:
         raise ValueError(f"{folder}/metrics.json is of split {result.get('split')!r}, not {args.split!r}: run "
                          f"`python evaluate.py --run {args.run} --split {args.split}`")
-    rows, old = drop_old(read_rows(folder, args.split), result)
+    rows = read_rows(folder, args.split, result)
+    old = drop_old(row_files(folder, args.split), result)[1]
     config, log = os.path.join(args.run, "config.json"), os.path.join(args.run, "log.jsonl")
-    study = Study(args, result, read_json(config, "") if os.path.isfile(config) else {},
+    study = Study(args, result, read_json(config, "put it back, or remove it") if os.path.isfile(config) else {},
                   read_lines(log, ("step",)) if os.path.isfile(log) else [], rows,
                   {name: measures(listed, full_of(name, rows)) for name, listed in rows.items()},
                   entities(rows["full"]))
@@ -892,16 +909,18 @@ def margin_plots(study):
     shown = [("figure2_without", "without the margin term", run.values) for run in without[:1]]
     if "policy" in study.values:
         shown.append(("figure2", "learned policy", study.values["policy"]))
-    before, plots = study.values["full"]["margin"], []
-    for name, title, values in shown:
+    before, plots, points = study.values["full"]["margin"], [], {}
+    for name, _, values in shown:
         kept = (values["crop"] == 1) & ~np.isnan(before) & ~np.isnan(values["margin"])
-        if not kept.any():
-            continue
-        x, y = before[kept], values["margin"][kept]
+        if kept.any():
+            points[name] = before[kept], values["margin"][kept]
+    # One diagonal for both, and so the same axes: what is to be compared is where the points lie.
+    ends = [min(np.min(xy) for xy in points.values()), max(np.max(xy) for xy in points.values())] if points else None
+    for name, title in ((name, title) for name, title, _ in shown if name in points):
+        x, y = points[name]
         better = y > x
-        figure, axes = canvas(f"{title}: {num(better.mean(), 0, 100)} % of {kept.sum()} crops gain",
+        figure, axes = canvas(f"{title}: {num(better.mean(), 0, 100)} % of {len(x)} crops gain",
                               "margin of the full image", "margin of the crop")
-        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         for inside, colour, mark in ((better, BLUE, "o"), (~better, ORANGE, "x")):  # two marks: colour is not all
             axes.scatter(x[inside], y[inside], s=12, color=colour, marker=mark, alpha=0.55, linewidths=0.8)
         axes.plot(ends, ends, color="black", linewidth=1)
@@ -1019,14 +1038,18 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 14px 0; font-size: 
 .facts b { display: block; font-size: 1.35rem; line-height: 1.3; }
 .facts span { color: var(--soft); font-size: .86rem; }
 .scroll { overflow-x: auto; margin: 10px 0; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { background: var(--band); font-weight: 600; } tr:last-child td { border-bottom: 0; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 12px; text-align: right; white-space: nowrap; }
+th { background: var(--band); font-weight: 600; } td { border-top: 1px solid var(--line); }
 th:first-child, td:first-child, .wordy th, .wordy td { text-align: left; }
-td:first-child { position: sticky; left: 0; background: var(--page); }
+th:first-child, td:first-child { position: sticky; left: 0; }
+td:first-child { background: var(--page); }
 .wordy td, td:first-child, th:first-child { white-space: normal; overflow-wrap: normal; }
 td:first-child { min-width: 9rem; } .claims td:first-child { min-width: 20rem; }
 .claims :nth-child(2) { text-align: left; }
+.table5 th { white-space: normal; overflow-wrap: normal; } .table5 td:first-child { min-width: 6.5rem; }
+.table5 th:last-child, .table5 td:last-child { text-align: left; white-space: normal; min-width: 10rem; }
 .own td { font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 4px 16px; }
 .plots figure { max-width: 540px; }
@@ -1036,6 +1059,7 @@ figure { margin: 10px 0; } figcaption { font-size: .88rem; }
 .badge { font-weight: 600; white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); }
 .open { color: var(--open); }
 .case { border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; margin: 12px 0; }
+.case .soft { display: inline-block; }
 .views { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 10px; margin-top: 8px; }
 .views figure { margin: 0; } .views img { width: 100%; height: 150px; object-fit: contain; background: var(--band);
   border-radius: 4px; display: block; } .views figcaption { font-size: .8rem; line-height: 1.35; margin-top: 4px; }
