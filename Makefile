@@ -26,6 +26,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 SCALE_FLAGS ?=
 REPORT_FLAGS ?=
+DEMO_PORT ?= 8000
 # Ablations: readings of r-GRPO and of its reward, each with every seed. READINGS="default rank" SEEDS="0 1" asks for fewer.
 SEEDS ?= 0 1 2
 READINGS ?= default mrr ndcg rank absolute pi nostd group conditional balanced resample plain free \
@@ -82,7 +83,7 @@ eval: $(TABLES) ## every method on the test split, and the paper's tables, in ru
 tables: $(TABLES) | $(READY) ## all tables with intervals and tests, as text, Markdown and LaTeX, in runs/$(RUN)/report
 	$(REPORT) --tables-only
 
-ablations: $(ABLATED) ## READINGS x SEEDS, trained and evaluated in $(ABLATIONS); goes on where it was stopped
+ablations: $(ABLATED) ## READINGS x SEEDS (48 runs of 2-3 minutes on a core) in $(ABLATIONS); goes on where it was stopped
 
 report: $(TABLES) | $(READY:run.stamp=dev.stamp) ## the tables and one page with plots and pictures: report/report.html
 	$(REPORT)
@@ -94,8 +95,8 @@ test: $(READY:run.stamp=dev.stamp) ## all tests
 mini: | $(READY) ## build the two stand-in models mini/scorer and mini/policy anew
 	$(PY) -m mini.pretrain
 
-demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000
-	$(PY) -m tools.rerank --serve --data data/$(DATASET) --run runs/$(RUN)
+demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000 (DEMO_PORT=8000)
+	$(PY) -m tools.rerank --serve $(DEMO_PORT) --data data/$(DATASET) --run runs/$(RUN)
 
 bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
 	$(PY) -m tools.bench $(BENCH_FLAGS)

@@ -29,6 +29,7 @@ import argparse
 import base64
 import csv
 import dataclasses
+import errno
 import hashlib
 import http.client
 import importlib
@@ -1686,6 +1687,11 @@ def main(argv=None):
             result = run_models(args, folder)
     except Refused as error:
         raise SystemExit(f"evaluate.py: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(f"evaluate.py: {folder} could not be written ({error}): the disk is full. The models' answers "
+                         "so far are kept there, so make room and run the same command again") from error
     print(report(result))
     if wandb:
         show(wandb, args.wandb, result)

@@ -632,7 +632,8 @@ class Policy:
         """PIL images and question strings, one each a query -> list[Prompt]. Images are read as RGB.
 
         Raises ValueError for a question that holds one of the tokenizer's special tokens (it could end its own turn or
-        stand for an image) and for an image whose sides differ by a factor of more than 200.
+        stand for an image) or is no text (half a surrogate pair), and for an image whose sides differ by a factor of
+        more than 200.
         """
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images but {len(questions)} questions")
@@ -650,9 +651,11 @@ class Policy:
         found = [token for token in self.processor.tokenizer.all_special_tokens if token in question]
         if found:
             raise ValueError(f"question {i} contains the special token {found[0]!r}: {question[:80]!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):  # a lone \ud83d in JSON; no tokenizer takes it
+            raise ValueError(f"question {i} has half a surrogate pair, which is no character: {question[:80]!r}")
         if not isinstance(image, Image.Image):
             raise ValueError(f"image {i} is a {type(image).__name__}; a PIL image is needed")
-        if max(image.size) > 200 * min(image.size):
+        if not min(image.size) or max(image.size) > 200 * min(image.size):
             raise ValueError(f"image {i} is {image.size} pixels: sides that differ by a factor of more than 200 cannot "
                              f"be resized by Qwen2.5-VL; crop it or drop the query")
 
@@ -1063,7 +1066,7 @@ class Policy:
         """One Action a query: PIL images and question strings, lists of equal length.
 
         decode: "grammar" or "free"; sample: False takes the likeliest answer, True samples query i with (seed, i);
-        force: None, "FULL" or "REGION" (the rows `always` and `oracle box` of the tables force REGION).
+        force: None, "FULL" or "REGION" (the rows `always` and `zeroshot_always` force REGION).
         Under the grammar p_region is exact, also when forced. MALFORMED can only come from free decoding.
         """
         if len(images) != len(questions):
@@ -1231,13 +1234,18 @@ def trained_under(args):
 
     An adapter alone knows neither, and a merged model that asks in other words than it was taught answers worse.
     """
-    path, run = os.path.join(os.path.dirname(os.path.abspath(args.adapter)), "config.json"), {}
+    path, config = os.path.join(os.path.dirname(os.path.abspath(args.adapter)), "config.json"), {}
     if os.path.isfile(path):  # not a stranger's adapter, but a run of train.py
         with open(path, encoding="utf-8") as file:
-            run = json.load(file).get("args", {})
-    prompt = args.system_prompt or run.get("system_prompt")  # a file's name, in the run as in the flag
-    if prompt:
-        with open(prompt, encoding="utf-8") as file:
+            config = json.load(file)
+    run = config.get("args", {})
+    # The run's own copy of the text before its file, which may have changed or gone; a run of before it had a copy has
+    # the file's name alone.
+    prompt, file_name = config.get("system_prompt"), args.system_prompt
+    if "system_prompt" not in config:
+        file_name = file_name or run.get("system_prompt")
+    if file_name:
+        with open(file_name, encoding="utf-8") as file:
             prompt = file.read()
     return prompt or None, args.max_pixels or run.get("max_pixels")
 

@@ -610,7 +610,7 @@ def unpack_atomic(root, source, parts, kb, dry_run=False):
         done = os.path.join(root, "atomic_images", f"{part}.json")
         if not os.path.isfile(done):
             if wanted is None:
-                urls = array("Q", (hash8(url) for _, entry in stream_json(kb) for url in entry["image_urls"]))
+                urls = array("Q", (hash8(url) for url in urls_of(kb)))
                 wanted = np.unique(np.frombuffer(urls, np.uint64))
             pairs = {}
             for batch in parquet.ParquetFile(os.path.join(source, part)).iter_batches(
@@ -629,6 +629,13 @@ def unpack_atomic(root, source, parts, kb, dry_run=False):
             os.makedirs(os.path.dirname(done), exist_ok=True)
             write_json(done, pairs)
         yield from stream_json(done, b'"')
+
+
+def urls_of(kb):
+    """Yield the image urls of a knowledge base."""
+    for url, entry in stream_json(kb):
+        check_entry(kb, url, entry, "release")
+        yield from entry["image_urls"]
 
 
 def write_image(path, value):

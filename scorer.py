@@ -419,7 +419,7 @@ class Checkpoint:
     def _squares(self, shape):
         """Can the stored positions be interpolated to `shape`? Only from a square to a square, as in the reference."""
         stored = self.shape("visual.pos_embed")
-        return stored is not None and stored[2] == shape[2] and all(
+        return stored is not None and len(stored) == 3 and stored[2] == shape[2] and all(
             math.isqrt(n[1] - 1) ** 2 == n[1] - 1 for n in (stored, shape))
 
     def _tensor(self, part):
@@ -436,6 +436,8 @@ class Checkpoint:
         """The tensor under its original name, on `device` in `dtype` (None: as stored). ValueError if not finite."""
         parts = self._parts(name)
         first = self._tensor(parts[0])
+        if not first.is_floating_point():  # quantised, say: without their scales the numbers mean nothing
+            raise ValueError(f"{self._file[parts[0]]}: tensor {name} is of {first.dtype}, no floating-point numbers")
         out = torch.empty(shape, device=device, dtype=dtype or first.dtype)
         if self.shape(name) != shape:  # check() let only square grids of positions through
             out.copy_(_resize_positions(first.float(), shape))
@@ -565,7 +567,7 @@ def _read_json(path):
 def _shards(index):
     """Names of the weight files that an index.json lists, sorted."""
     files = _read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: its 'weight_map' is no object of tensor: file; fetch it again")
     return sorted(set(files.values()))
 
@@ -649,8 +651,8 @@ def _sizes(checkpoint):
     needed = ("visual.patch_embed.proj.weight", "visual.head.weight", "visual.pos_embed",
               "visual.blocks.0.mlp.fc1.weight")
     patch, head, positions, fc1 = (checkpoint.shape(name) for name in needed)
-    if None in (patch, head, positions, fc1):
-        missing = [name for name in needed if checkpoint.shape(name) is None]
+    if [shape and len(shape) for shape in (patch, head, positions, fc1)] != [4, 2, 3, 2]:
+        missing = [name for name, axes in zip(needed, (4, 2, 3, 2)) if len(checkpoint.shape(name) or ()) != axes]
         raise ValueError(f"{checkpoint}: no EVA-CLIP, it has no {', '.join(missing)}; {ELSE}")
 
     def layers(name):
@@ -723,7 +725,7 @@ class Tokenizer:
         return self._bpe(list(texts), context_length=self.context)
 
 
-def _rgb(image):
+def as_rgb(image):
     """PIL image of any mode -> RGB with 8 bits a channel. Transparent parts become white, as a page shows them."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -751,7 +753,7 @@ def preprocess(image, size, mean=PIXEL_MEAN, std=PIXEL_STD, resize="shortest", i
     square loses its ends, as in the reference; "squash": both sides become `size` (SigLIP). interpolation: "bicubic" or
     "bilinear", Pillow's, with antialiasing. Every step is Pillow's or numpy's, so threads do not wait for each other.
     """
-    image = _rgb(image)  # first: bicubic on palette indices would invent colours
+    image = as_rgb(image)  # first: bicubic on palette indices would invent colours
     h, w = (size, size) if isinstance(size, int) else size
     filtered = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
     image = image.resize((w, h), filtered) if resize == "squash" else _resize_and_crop(image, h, w, filtered)
@@ -824,6 +826,11 @@ def write_array(path, array):
         np.save(file, array)
 
 
+# What Pillow's readers were seen to raise on damaged bytes; UnidentifiedImageError is an OSError.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, ArithmeticError,
+           AttributeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
 def read_image(path):
     """Path -> PIL RGB image, every pixel decoded. FileNotFoundError or ValueError, each naming the file.
 
@@ -837,10 +844,8 @@ def read_image(path):
         with Image.open(path) as image:
             image.load()  # decodes it: open() reads the header only, and a cut file shows itself here
             ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image)
-    # What Pillow's readers were seen to raise on damaged bytes; UnidentifiedImageError is an OSError.
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, LookupError, ArithmeticError,
-            AttributeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+            return as_rgb(image)
+    except DAMAGED as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
 
 
@@ -1041,6 +1046,9 @@ class OpenClipScorer(Scorer):
         config, pixels = open_clip.get_model_config(self.source), model.visual.preprocess_cfg
         if pixels["resize_mode"] not in ("shortest", "squash"):
             raise ValueError(f"{name}: resize mode {pixels['resize_mode']!r} is not known, only shortest and squash")
+        if pixels["interpolation"] not in ("bicubic", "bilinear"):
+            raise ValueError(f"{name}: interpolation {pixels['interpolation']!r} is not known, only bicubic and "
+                             "bilinear")
         size = pixels["size"]
         self.image_hw = (size, size) if isinstance(size, int) else tuple(size)
         self.preprocess = partial(preprocess, size=self.image_hw, mean=pixels["mean"], std=pixels["std"],

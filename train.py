@@ -631,7 +631,7 @@ def longest_prompt(policy, data):
                 width, height = image.size
             patches = max(patches, reader.get_number_of_image_patches(height, width))
             side = max(side, width, height)
-        except (OSError, ValueError):  # ValueError: sides too unequal to be resized
+        except (OSError, ValueError, Image.DecompressionBombError):  # ValueError: sides too unequal to be resized
             continue
         if width * height >= cap:
             patches, side = cap // reader.patch_size**2, math.isqrt(4 * cap)  # sides of 1 to 4, say
@@ -661,12 +661,15 @@ def memory_forecast(policy, scorer, args, tokens, patches, side):
     else:
         answer, tree, vocabulary = args.max_new_tokens, args.group * args.max_new_tokens, config.text_config.vocab_size
 
-    def answering(count, each):
+    # Free answers with forced decisions begin in two ways, each with a prefill of its own (policy.py).
+    ways = 2 if args.decode == "free" and args.balance != "none" else 1
+
+    def answering(count, each, ways):
         """The prompts' cache, then the pass that fills it or its copies, of which one layer's is being lengthened."""
         copies = cache_memory(config, count * each, tokens + answer, size)
         copies += copies // config.text_config.num_hidden_layers + count * each * vocabulary * (size + 32)
-        reading = passing_memory(config, count, tokens, patches, size, cuda)
-        return cache_memory(config, count, tokens, size) + max(copies, reading)
+        reading = passing_memory(config, count * ways, tokens, patches, size, cuda)
+        return cache_memory(config, count * ways, tokens, size) + max(copies, reading)
 
     rows = min(args.micro, queries), tokens + tree, patches, size, cuda
     # Beside what is kept: the reference policy's forward, or the gradients of the MLP's three products.
@@ -678,17 +681,18 @@ def memory_forecast(policy, scorer, args, tokens, patches, side):
              "scorer": sum(p.numel() * p.element_size() for p in scorer.model.parameters())}
     saved = saved_activations(config, policy.lora, *rows, policy.tower_adapted, args.checkpointing, cuda)
     comes = {
-        "rollout": answering(queries, written),
+        "rollout": answering(queries, written, ways),
         # 512 choices among a whole vocabulary at a time: logits, their softmax and both gradients.
         "update": sum(saved.values()) + beside + min(vocabulary, 1) * 512 * vocabulary * 24,
         "scorer's crops": scorer.activation_bytes(queries * written)}
     if args.eval_every:
-        comes["evaluation"] = answering(answered_at_once(args), 1)
+        comes["evaluation"] = answering(answered_at_once(args), 1, 1)
     return stays, comes
 
 
 def check_memory(policy, scorer, data, args):
-    """The forecast as lines to print. ValueError, with a remedy, where a CUDA card cannot hold it."""
+    """The forecast: lines to print, and the bytes of a step's peak. ValueError, with a remedy, where a CUDA card cannot
+    hold it."""
     tokens, patches, side = longest_prompt(policy, data)
     stays, comes = memory_forecast(policy, scorer, args, tokens, patches, side)
     most, peak = max(comes, key=comes.get), sum(stays.values()) + max(comes.values())
@@ -703,7 +707,15 @@ def check_memory(policy, scorer, data, args):
                         "evaluation": "--eval-every 0", "scorer's crops": "a smaller scorer"}
             raise ValueError("\n".join(lines) + f"\n{policy.device} has {room / 2**20:,.1f} MiB for it. What helps: "
                              f"{remedies[most]}, or a smaller --max-pixels (in a new run)")
-    return lines
+    return lines, sum(stays.values()) + max(value for name, value in comes.items() if name != "evaluation")
+
+
+def measured_memory(log, forecast, device):
+    """What to print after a run's first step: nothing but on a card, where memory_mb is a peak. forecast: bytes."""
+    if device.type != "cuda":
+        return []
+    return [f"memory: {log['memory_mb']:,.1f} MiB at the peak of step {log['step'] + 1}, "
+            f"{forecast / 2**20:,.1f} MiB were forecast"]
 
 
 # --------------------------------------------------------------------------------------------------- the run's files
@@ -1040,11 +1052,11 @@ def train_step(step, steps, policy, optimizer, scorer, data, args):
     return log, list(sample_lines(step, data, rows, groups, rewards, advantages))
 
 
-def run_steps(start, steps, recent, policy, optimizer, scorer, data, val, args):
+def run_steps(start, steps, recent, forecast, policy, optimizer, scorer, data, val, args):
     """Steps start .. steps - 1, with their logs, evaluations and states in the run folder.
 
-    recent: the last lines of the log before `start`. Raises Stopped, with the state saved, after the step in which a
-    signal came to any process, or a warning under --when-sick stop.
+    recent: the last lines of the log before `start`; forecast: bytes, of `check_memory`. Raises Stopped, with the state
+    saved, after the step in which a signal came to any process, or a warning under --when-sick stop.
     """
     run, began, first = Path(args.run), time.perf_counter(), place()[0] == 0
     with tracking(args, start) as track, listening() as heard:
@@ -1064,7 +1076,9 @@ def run_steps(start, steps, recent, policy, optimizer, scorer, data, val, args):
                 write_step(run, log, samples, args)
                 track(log)
                 left = (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1)
-                for line in (*[readable(log, steps, left)] * (args.log_level == "info"), *news):
+                told = [readable(log, steps, left)]
+                told += measured_memory(log, forecast, policy.device) if step == start else []
+                for line in (*told * (args.log_level == "info"), *news):
                     tqdm.write(line)
                 if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
                     save_state(str(run / "state.pt"), step + 1, policy, optimizer)
@@ -1122,15 +1136,15 @@ def train_alone(scorer, data, val, args):
     if any(one != seen[0] for one in seen):
         raise ValueError(f"the processes found different files (steps done, manifest): {seen}; --run and --data must "
                          "be the same folders for all")
-    forecast = check_memory(policy, scorer, data, args)
+    lines, forecast = check_memory(policy, scorer, data, args)
     if first:
         start_files(run, config, start)
         print(f"r-GRPO: {len(data.queries)} training queries, {steps} steps of {args.queries} queries x {args.group} "
               f"rollouts, {sum(p.numel() for p in policy.lora_parameters()):,} LoRA weights, on {args.device}"
               + (f" and {place()[1] - 1} more" if place()[1] > 1 else "")
               + (f", going on from step {start}" if start else ""))
-        print("\n".join(forecast))
-    run_steps(start, steps, recent, policy, optimizer, scorer, data, val, args)
+        print("\n".join(lines))
+    run_steps(start, steps, recent, forecast, policy, optimizer, scorer, data, val, args)
     if first:
         with writing(run / "adapter"):
             policy.save_adapter(str(run / "adapter"))

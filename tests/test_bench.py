@@ -2,11 +2,15 @@
 
 import json
 import mmap
+import os
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -14,7 +18,7 @@ import train
 from tools import bench
 
 TINY = ["--visual-tokens", "16", "--queries", "2", "--group", "4", "--repeat", "1", "--warmup", "0", "--device", "cpu",
-        "--dropout", "0", "--batches", "1", "2"]
+        "--dropout", "0", "--batches", "1", "2", "--scorer-batch", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,25 @@ def test_scorer_operations(args):
     with FlopCounterMode(display=False) as counted:
         bench.encode(scorer, bench.noise(3, 40, 30))
     # The class token has no patch, and the last projection is left out: less than 1 % each.
-    assert counted.get_total_flops() == pytest.approx(bench.scorer_work(scorer, 3)[0], rel=0.02)
+    assert counted.get_total_flops() == pytest.approx(bench.scorer_work(scorer.config, 3, torch.float32)[0], rel=0.02)
+
+
+def test_both_towers_do_the_same_work(args):
+    """open_clip's ViT beside ours: the same matrices; its biases and LayerNorms are not counted."""
+    counted = []
+    for tower in bench.encode_towers(args):
+        tower.train()  # there is no dropout; the counter does not know the kernel that open_clip's takes in eval mode
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert tower(torch.zeros(2, 3, 112, 112)).shape == (2, 128)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == pytest.approx(counted[1], rel=0.02)
+
+
+def test_a_floor_reads_of_the_output_layer_what_is_needed(world):
+    """The grammar chooses among some twenty tokens, so its floor must not wait for the logits of all."""
+    head = world.policy.model.lm_head.weight.numel()
+    (few, little), (all_, much) = (bench.decode_work(world.policy, 2, 3, 10, head=h) for h in (False, True))
+    assert all_ - few == 3 * 2 * 2 * head and much - little == 3 * 4 * head  # steps x rows x 2; steps x 4 bytes
 
 
 def test_ours_counts_less_work_than_the_repeated_way(world, args):
@@ -171,6 +193,46 @@ def test_ours_counts_less_work_than_the_repeated_way(world, args):
     theirs = bench.update_work(world.policy, theirs, args, True)
     # N = 4 rows of prompt + answer against one: between 3 and 5 times, as the prompt is most of both.
     assert len(ours) == len(theirs) == 2 and 3 < theirs[0][0] / ours[0][0] < 5
+
+
+# ------------------------------------------------------------------------------------------ the forecast of train.py
+
+class Living(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are alive: what a card's allocator counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in before | self.sizes.keys():  # not a view of something older
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpointing"], ["--targets", "language"]])
+def test_forecast_of_an_update_is_what_lives_at_its_peak(more):
+    """Here and not in test_train.py: the stand-in's sizes, at which what the arithmetic leaves out is small."""
+    args = bench.parse_args([*TINY, "--dropout", "0.1", "--visual-tokens", "64", "--attention", "eager", *more])
+    policy = bench.build_policy(args)
+    prompts = policy.prompts(*bench.build_inputs(args, 2))
+    groups, counts = bench.write_answers(policy, prompts, args)
+    rows = zip(*bench.judge(groups, counts, np.random.default_rng(0).normal(size=(2, 3))))
+    settings = SimpleNamespace(queries=2, micro=2, group=4, decode="grammar", balance="force", beta=0.0, norm="token",
+                               checkpointing=args.checkpointing, eval_every=0, inner_steps=1, max_grad_norm=1.0,
+                               temperature=1.0, clip=0.2)
+    scorer = SimpleNamespace(model=torch.nn.Linear(1, 1), activation_bytes=lambda count: 0)
+    tokens, side = max(len(prompt.ids) for prompt in prompts), max(prompts[0].resized_size)
+    _, comes = train.memory_forecast(policy, scorer, settings, tokens, len(prompts[0].pixel_values), side)
+    optimizer = torch.optim.AdamW(policy.lora_parameters())
+    with Living() as living:
+        train.update(policy, optimizer, prompts, groups, tuple(map(torch.stack, rows)), settings, ["a", "b"])
+    assert comes["update"] == pytest.approx(living.peak, rel=0.2)
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -189,6 +251,16 @@ def test_memory_sees_what_is_taken():
         now, peak = bench.memory(device)
     assert peak >= now and size <= now - before < 2.2 * size
     assert bench.memory(device)[0] < now - size / 2 and bench.memory(device)[1] >= peak
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of resident memory")
+def test_a_peak_is_of_its_part():
+    meter = bench.Meter("cpu", warmup=0)
+    with meter.measure("much"), mmap.mmap(-1, 200_000_000) as block:
+        block.write(b"1" * 200_000_000)
+    with meter.measure("little"):
+        pass
+    assert meter.peak["little"] < meter.peak["much"] - 150_000_000  # bytes
 
 
 def test_meter_leaves_the_warm_up_out():
@@ -274,6 +346,8 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
     assert found["ratios"]["update"]["time"] > 1
     counts = {case: result.get("counts") for case, result in found["cases"].items()}
     assert counts["rollout"]["image_passes"] == 2 and counts["update_repeated"]["image_passes"] == 8
+    assert found["ratios"]["open_clip's ViT against ours"]["time"] > 0
+    assert found["cases"]["encode"]["work"]["batch 2 ours"] == found["cases"]["encode"]["work"]["batch 2 open_clip"]
     assert counts["act"]["answer_tokens 1 free"] == counts["act"]["answer_tokens 1 grammar"]
     assert {"free against grammar, batch 1", "free against grammar, batch 2"} < set(found["ratios"])
     # A floor is below what was measured, whatever else the machine is doing.

@@ -30,6 +30,16 @@ def test_what_is_not_known_is_not_claimed():
     assert "Not evaluated yet" in text and "not on this disk" in text and "0." not in text.split("## Results")[1][:200]
 
 
+def test_prompt_and_image_size_of_the_run_are_told():
+    """An adapter is of use under the words it was trained under, and its own two files do not hold them."""
+    config = {**CONFIG, "args": {**CONFIG["args"], "max_pixels": 7056}, "system_prompt": "Crop?\n```\nOr not.\n"}
+    text = card.card(config, {}, {}, "mit")
+    assert 'adapter="THIS FOLDER", max_pixels=7056, system_prompt=PROMPT)' in text
+    assert "to the letter:\n\n    Crop?\n    ```\n    Or not.\n" in text
+    plain = card.card(CONFIG, {}, {}, "mit")
+    assert 'adapter="THIS FOLDER")' in plain and "Use the prompt of the training run.\n" in plain
+
+
 def test_the_card_lies_beside_the_adapter(tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.raises(SystemExit, match="config.json is missing: a card needs a finished run"):

@@ -356,6 +356,18 @@ def test_missing_and_unknown_tensors_are_listed(broken):
         S.EvaClip.load(broken("hf", lambda tensors: tensors.update({key: torch.zeros(12, 24)})))
 
 
+def test_tensors_of_another_kind_are_refused(broken):
+    """Whole numbers are somebody's quantised weights: cast like others they would be weights a hundred times too large.
+    """
+    path = broken("pt", lambda p: p.update({"visual.head.weight": torch.ones(16, 24, dtype=torch.int8)}))
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(ValueError, match="EVA_CLIP.pt: tensor visual.head.weight is of torch.int8"):
+            S.EvaClip.load(path, dtype=dtype)
+    path = broken("pt", lambda p: p.update({"visual.pos_embed": p["visual.pos_embed"][0]}))
+    with pytest.raises(ValueError, match="EVA_CLIP.pt: no EVA-CLIP, it has no visual.pos_embed"):
+        S.EvaClip.load(path)
+
+
 def test_other_architectures_are_refused(tmp_path, broken):
     clip = {f"vision_model.{name}": torch.zeros(8) for name in ("embeddings.class_embedding", "pre_layrnorm.weight")}
     save_file(clip, tmp_path / "clip.safetensors")
@@ -449,7 +461,7 @@ def test_unknown_dtype(broken, dtype):
         S.load_scorer(path, dtype=dtype)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_index_without_files(broken, content):
     path = broken("hf sharded")
     (path / "model.safetensors.index.json").write_text(content)

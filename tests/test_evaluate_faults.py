@@ -1,5 +1,6 @@
 """Faults of evaluate.py that a reading found: each test failed before its mend."""
 
+import errno
 import http.server
 import json
 import os
@@ -279,3 +280,16 @@ def test_a_graph_index_is_searched_as_widely_as_prepare_searched_it():
     found = evaluate.nearest_entities(index, np.arange(4000), queries, 20)[0]
     exact = np.argsort(-queries @ vectors.T, axis=1)[:, :20]
     assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found.tolist(), exact.tolist())]) > .95
+
+
+def test_full_disk_is_said_in_one_line_and_costs_no_answers(world, monkeypatch):
+    arguments, loaded = world
+    policy, write_csv = loaded.policies["scripted"], evaluate.write_csv
+    whole = run_main(arguments, "--methods", "policy")
+    passes = policy.passes
+    monkeypatch.setattr(evaluate, "write_csv", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(SystemExit, match="the disk is full. The models' answers so far are kept"):
+        run_main(arguments, "--methods", "policy")
+    assert policy.passes == 2 * passes
+    monkeypatch.setattr(evaluate, "write_csv", write_csv)
+    assert run_main(arguments, "--methods", "policy") == whole and policy.passes == 2 * passes  # nothing asked again

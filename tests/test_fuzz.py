@@ -20,10 +20,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import prepare
 import tiny_policy
 from fuzz_actions import ORIGINAL, RESIZED, SEEDS, NotJson, Slow, check
 from policy import load_policy, parse, read_adapter
 from scorer import EvaClip, EvaClipConfig, Query, load_data, load_scorer, read_image, read_pool
+from test_benchmarks import arguments, landmarks, official, root, scorer  # noqa: F401 (two are fixtures)
 from test_train import build_data
 
 MANY = settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -147,6 +149,37 @@ def floats(value):
     if isinstance(value, list):
         return [floats(entry) for entry in value]
     return value + 0.0 if type(value) in (int, float) else value  # -0 is 0 as an int and -0.0 as a float
+
+
+# ---- raw files: questions, knowledge base ----------------------------------------------------------------------------
+
+
+def read_raw(args):
+    """prepare.py's reading of everything but images; every row that was read is kept or counted as dropped."""
+    questions, _ = prepare.read_all(args, None, prepare.Drops(), prepare.Drops())
+    for split in questions.values():
+        assert split.read == len(split.rows) + sum(split.drops.counts.values())
+
+
+@pytest.mark.parametrize("dataset, make, names", [
+    ("evqa", landmarks, ("test.csv", "encyclopedic_kb_wiki.json", "url_to_path_mapping.json")),
+    ("infoseek", lambda root: official(root, "val", range(6)), ("infoseek_val.jsonl", "infoseek_val_withkb.jsonl"))])
+def test_damaged_raw_files(root, scorer, dataset, make, names):  # noqa: F811
+    """A clear error that names the file, or rows that add up. 2,500 inputs in a longer run: no other error."""
+    make(root)
+    args = prepare.parse_args(arguments(root, "--dataset", dataset))
+    for name in names:
+        content, draw, refused = (root / name).read_bytes(), random.Random(name), 0
+        for turn in range(100):
+            (root / name).write_bytes(damaged(content, draw) if turn % 5 else content[:draw.randrange(len(content))])
+            try:
+                read_raw(args)
+            except (ValueError, OSError) as error:
+                assert name in str(error), error
+                refused += 1
+        (root / name).write_bytes(content)
+        assert 20 < refused
+    read_raw(args)
 
 
 # ---- pool files ------------------------------------------------------------------------------------------------------

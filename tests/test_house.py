@@ -81,7 +81,7 @@ def no_globals(file, tree):
 
 
 def nothing_executed(file, tree):
-    """No pickle, no code from a model's folder, no exec: what is downloaded is data."""
+    """No pickle, no code from a model's folder, no exec, no shell: what is downloaded is data."""
     found = [f"imports {name}" for name in imported(tree)
              if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}]
     for name, node in called(tree):
@@ -92,6 +92,8 @@ def nothing_executed(file, tree):
             found.append(f"line {node.lineno}: torch.load without weights_only=True unpickles")
         if given.get("allow_pickle") == "True":
             found.append(f"line {node.lineno}: allow_pickle")
+        if given.get("shell", "False") != "False" or name in {"os.system", "os.popen", "subprocess.getoutput"}:
+            found.append(f"line {node.lineno}: {name} in a shell")
     # As the key of a dict it would reach a model by **.
     return found + [f"line {node.lineno}: {REMOTE}" for node in ast.walk(tree)
                     if isinstance(node, ast.Constant) and node.value == REMOTE]
@@ -168,6 +170,7 @@ def test_import_rule_cases(file, source, count):
     ("torch.load(path, weights_only=True)", 0), ("torch.load(path, weights_only=False)", 1), ("model.eval()", 0),
     ("AutoModel.from_pretrained(name, trust_remote_code=True)", 1), ("f(**{'trust_remote_code': True})", 1),
     ("np.load(path, allow_pickle=True)", 1), ("import pickle", 1), ("exec(text)", 1),
+    ("os.system(text)", 1), ("subprocess.run(text, shell=True)", 1), ("subprocess.run([name, text])", 0),
 ])
 def test_nothing_executed_cases(source, count):
     assert len(nothing_executed("scorer.py", ast.parse(source))) == count

@@ -236,6 +236,9 @@ def test_bad_local_dirs(tmp_path, table):
     config.write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {**OPENAI, "resize_mode": "longest"}}))
     with pytest.raises(ValueError, match="resize mode 'longest' is not known"):
         S.load_scorer(f"local-dir:{tmp_path}/m")
+    config.write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {**OPENAI, "interpolation": "random"}}))
+    with pytest.raises(ValueError, match="interpolation 'random' is not known"):
+        S.load_scorer(f"local-dir:{tmp_path}/m")
     config.write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": OPENAI}))
     for name in ("a.pth", "b.pth"):
         os.link(tmp_path / "m/open_clip_model.safetensors", tmp_path / "m" / name)

@@ -9,9 +9,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -267,9 +271,46 @@ def test_commands_of_the_readme_run(whole, tmp_path):
         assert command in README
         ok(run(folder, *command.replace("python", sys.executable, 1).split()))
     assert len((folder / "out.jsonl").read_text().splitlines()) == 12 and (folder / "merged/config.json").exists()
+    ok(make(folder, "ablations", "READINGS=default", "SEEDS=0"))
+    ok(make(folder, "tables", "REPORT_FLAGS=--resamples 200", "READINGS=default", "SEEDS=0"))
+    assert "default" in (folder / "runs/world/report/table5.tex").read_text()
     ok(make(folder, "report", "card", "REPORT_FLAGS=--resamples 200"))
     assert "Region-R1" in (folder / "runs/world/report/report.html").read_text()
     assert "base_model" in (folder / "runs/world/adapter/README.md").read_text()
+
+
+def test_commands_of_the_readme_on_files_of_ones_own(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "copy")
+    (folder / "FOLDER").mkdir()
+    for name, entry in zip(("q.jpg", "FOLDER/a.jpg", "FOLDER/b.jpg"), sorted((folder / "raw").rglob("*.jpg"))):
+        shutil.copy2(entry, folder / name)
+    line = {"id": "a", "image": "q.jpg", "question": "Where is it?", "candidates": [{"image": "FOLDER/a.jpg"}]}
+    (folder / "in.jsonl").write_text(json.dumps(line))
+    for command in ('python -m tools.rerank --image q.jpg --question "Where does this beetle live?" --candidates FOLDER '
+                    "--save-image box.png", "python -m tools.rerank --batch in.jsonl --out out.jsonl"):
+        assert command in README
+        ok(run(folder, *shlex.split(command.replace("python", sys.executable, 1))))
+    assert (folder / "box.png").exists() and "score_before" in (folder / "out.jsonl").read_text()
+
+
+def test_make_demo_answers(whole, tmp_path):
+    """The page that `make demo` serves, from the shipped models, until Ctrl-C."""
+    with open(tmp_path / "printed", "w+") as printed:
+        process = subprocess.Popen(["make", f"PY={sys.executable}", "READY=", "DEMO_PORT=0", "demo"], cwd=whole[0],
+                                   stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+", (tmp_path / "printed").read_text())):
+                assert process.poll() is None, (tmp_path / "printed").read_text()
+                time.sleep(0.1)
+            with urllib.request.urlopen(found[0]) as page:
+                assert b"Region-R1" in page.read()
+            asked = urllib.request.Request(f"{found[0]}/rerank", headers={"Content-Type": "application/json"},
+                                           data=json.dumps({"example": 0, "question": "Where is it?"}).encode())
+            with urllib.request.urlopen(asked) as answer:
+                assert len(json.load(answer)["candidates"]) == 20
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
 
 
 def test_python_of_the_readme_runs(whole, tmp_path):

@@ -17,6 +17,7 @@ import tiny_policy
 from policy import (
     FULL_TEXT, REGION_TEXT, Action, BoxDraft, Grammar, Tree, load_policy, next_digits, parse, to_original,
 )
+from tools.bench import pad
 
 SIZES = [(100, 60), (50, 200), (224, 224), (31, 30)]                            # (width, height) in original pixels
 QUESTIONS = ["Where does this beetle live?", "What?", "How tall is this tower, and who built it?", "a 12 b"]
@@ -521,6 +522,31 @@ def test_packed_equals_repeated_with_gradients(folder, images, decode, targets, 
     assert all(p.grad is None for name, p in policy.model.named_parameters() if "lora_" not in name)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("decode, limit", [("grammar", 9), ("free", 1)])
+def test_packed_equals_rows_padded_on_either_side(folder, images, side, decode, limit):
+    """Against transformers' own forward of all completions at once; free decoding writes one token each."""
+    policy = load_policy(folder, system_prompt="Crop or not?")
+    policy.add_lora()
+    randomise_lora(policy)
+    prompts = policy.prompts(images, QUESTIONS)
+    groups = policy.rollout(prompts, [[None] * 3] * 4, decode, seeds=[1, 2, 3, 4], max_new_tokens=limit)
+    flat = [(prompt, one) for prompt, group in zip(prompts, groups) for one in group]
+    assert decode == "grammar" or all(len(one.ids) == 1 for _, one in flat)
+    inputs = pad([prompt for prompt, _ in flat], [one.ids for _, one in flat], side, "cpu")
+    plain = []
+    for row, (prompt, one) in zip(policy.model(**inputs, use_cache=False).logits, flat):
+        start = len(prompt.ids) + (len(row) - len(prompt.ids) - len(one.ids)) * (side == "left")
+        plain += [plain_log_prob(row[start - 1 + t], one.ids[t], one.allowed[t])
+                  for t, free in enumerate(one.free) if free]
+    plain, out = torch.stack(plain), policy.log_probs(prompts, groups)
+    torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(len(plain), generator=torch.Generator().manual_seed(0))
+    packed = gradients(policy, (out["logp"][out["mask"]] * weights).sum())
+    for a, b in zip(packed, gradients(policy, (plain * weights).sum())):
+        assert (a - b).abs().max() / b.abs().max() < 1e-4
+
+
 def test_tree_shares_what_is_common_and_nothing_else(policy, prompts):
     group = policy.rollout(prompts[:1], [["FULL", "REGION", "REGION"]], seeds=[0])[0]
     tree = Tree([c.ids for c in group], [len(c.ids) for c in group])
@@ -732,6 +758,14 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
     again = load_policy(str(tmp_path / "own"))
     assert again.system_prompt == "Say FULL or REGION."
     assert again.processor.image_processor.size["longest_edge"] == 28 * 28 * 9
+    # The run's own copy of the text counts, not what its file says by now; the flag wins over both.
+    (tmp_path / "own.txt").write_text("Say something else.")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"args": {"system_prompt": str(tmp_path / "own.txt")}, "system_prompt": "Say FULL or REGION."}))
+    asked = policy_module.parse_args(["--adapter", str(tmp_path / "adapter"), "--merge", "unused"])
+    assert policy_module.trained_under(asked) == ("Say FULL or REGION.", None)
+    asked.system_prompt = str(tmp_path / "own.txt")
+    assert policy_module.trained_under(asked) == ("Say something else.", None)
     (tmp_path / "config.json").unlink()
     # A model that writes itself in the middle of training goes on as if nothing had happened.
     policy.save_merged(str(tmp_path / "second"))
@@ -843,6 +877,7 @@ def test_images_of_any_mode_are_read_as_rgb(policy):
     (Image.new("RGB", (50, 50)), "What <|image_pad|> is", "question 1 contains the special token '<.image_pad.>'"),
     (Image.new("RGB", (50, 50)), "<|im_end|>", "question 1 contains the special token"),
     (Image.new("RGB", (500, 2)), "What?", "image 1 is .500, 2. pixels"),
+    (Image.new("RGB", (0, 0)), "What?", "image 1 is .0, 0. pixels"),
     ("scene.jpg", "What?", "image 1 is a str; a PIL image"),
 ])
 def test_bad_prompts(policy, image, question, message):

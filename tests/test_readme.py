@@ -74,6 +74,17 @@ def test_files_that_are_named_exist():
     assert len(named) > 8 and {name for name in named if not (ROOT / name).exists() and name not in known} == set()
 
 
+def test_links_lead_somewhere():
+    heads = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+             for head in re.findall("^#+ (.*)$", TEXT, re.MULTILINE)]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")]
+    assert links and [link for link in links if link[1:] not in heads and not (ROOT / link).exists()] == []
+
+
+def test_paper_can_be_cited():
+    assert any(kind == "bibtex" and "2604.05268" in block for kind, block in FENCED)
+
+
 def forecast(micro, checkpointing):
     """GiB that train.py would forecast for Qwen2.5-VL-3B and EVA-CLIP-8B at the paper's shape, without their weights."""
     processor = bench.build_processor(1024)

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -570,9 +571,9 @@ def test_pictures_are_served_as_they_were_scored(server, world):
     assert post(server, example=1, question="0")[1]["size"] == list(found.size)
 
 
-def encoded(image, kind="png"):
+def encoded(image, kind="png", **how):
     content = io.BytesIO()
-    image.save(content, format=kind)
+    image.save(content, format=kind, **how)
     return base64.b64encode(content.getvalue()).decode()
 
 
@@ -651,6 +652,23 @@ def test_models_are_asked_one_at_a_time(server, world, fakes):
 def test_port_in_use(server):
     with pytest.raises(ValueError, match="name another"):
         tool.make_server(None, server.server_port)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("query, words", [
+    ("?example=0&run=1", ["REGION: look here", "p(REGION) = 0.900", "After: what the policy chose", "right answer"]),
+    ("?example=2&run=1&force=REGION", ["forced; p(REGION) = 0.100", "After: the forced REGION"]),
+    ("?example=9", ["Examples run from 0 to 3."])])
+def test_page_in_a_browser(server, tmp_path, query, words):
+    """What the page's script makes of the answer, as a browser has it after asking; titles stay text."""
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+         "--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+         "--virtual-time-budget=20000", f"http://127.0.0.1:{server.server_port}/{query}"],
+        capture_output=True, text=True, timeout=120)
+    body = done.stdout.split("<script>")[0]
+    assert [word for word in words if word not in body] == [] and "<b>" not in body
+    assert len(re.findall("<li[ >]", body)) == (6 if "run" in query else 0)  # K = 3, before and after
 
 
 # --------------------------------------------------------------------------------------------------- the shipped models

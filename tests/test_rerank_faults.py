@@ -1,10 +1,16 @@
 """Faults of tools/rerank.py that a reading found: each test failed before its mend."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
-from test_rerank import ColourScorer, build, fakes, lines_of, run, world, write_batch  # noqa: F401
+from PIL import Image
+from test_rerank import (  # noqa: F401
+    ColourScorer, build, encoded, fakes, lines_of, post, run, server, world, write_batch,
+)
 
+from policy import load_policy
 from tools import rerank as tool
 
 
@@ -65,3 +71,36 @@ def test_batch_refuses_another_scorer_dtype(world, capsys):
     run(world, capsys, *arguments)
     with pytest.raises(SystemExit, match="begun with another scorer_dtype"):
         run(world, capsys, *arguments, "--scorer-dtype", "bfloat16")
+
+
+def test_half_a_surrogate_pair_takes_no_batch_with_it(world, capsys):
+    """JSON may hold a lone \\ud83d, half of an emoji. Tokenizers answer with a TypeError, files with another error."""
+    arguments = write_batch(world)
+    with open(world / "in.jsonl", "a", encoding="utf-8") as file:
+        file.write('\n{"id": "half", "image": "raw/q0.png", "question": "\\ud83d 0"}\n{"id": "\\ud83d"}\n')
+    run(world, capsys, *arguments)
+    found = lines_of(world / "out.jsonl")
+    assert sum("half a surrogate pair" in line.get("error", "") for line in found) == 2
+    assert any("candidates" in line for line in found)
+
+
+def test_half_a_surrogate_pair_is_answered_by_the_page(server):  # noqa: F811
+    status, answer = post(server, example=0, question="\ud83d 0")
+    assert status == 400 and "half a surrogate pair" in answer["error"]
+    with pytest.raises(ValueError, match="question 0 has half a surrogate pair"):
+        load_policy("mini/policy").act([Image.new("RGB", (64, 64))], ["Where? \ud83d"])
+
+
+def test_images_that_are_not_rgb_are_read_as_files_are(server):  # noqa: F811
+    """Transparent parts are white and 16 bits are 8, also of a PIL image and of one that was sent, which is upright."""
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert tool.open_image(clear).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((8, 8), 20000, np.uint16))
+    assert tool.open_image(deep).getpixel((0, 0)) == (78, 78, 78)  # 20000 // 256; convert() alone gives 255
+    assert tool.uploaded(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    whole = base64.b64decode(encoded(Image.effect_noise((64, 64), 99).convert("RGB")))
+    status, answer = post(server, image=base64.b64encode(whole[:len(whole) // 2]).decode(), question="0")
+    assert status == 400 and "cannot be read" in answer["error"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    assert tool.uploaded(encoded(Image.new("RGB", (8, 4)), exif=exif)).size == (4, 8)

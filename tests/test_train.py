@@ -617,8 +617,10 @@ def test_longest_prompt_bounds_all(home, data, monkeypatch):
     assert train.longest_prompt(policy, data)[1] == 8 and len(opened) == TRAIN + 1
 
 
-def test_longest_prompt_leaves_broken_images_to_the_step(home, data):
-    data.queries[0].image, data.queries[1].image = "nowhere.png", "../prompt.txt"
+def test_longest_prompt_leaves_broken_images_to_the_step(home, data, tmp_path):
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (20000, 20000)).save(bomb)  # its header is enough for Pillow to refuse it
+    data.queries[0].image, data.queries[1].image, data.queries[2].image = "nowhere.png", "../prompt.txt", str(bomb)
     assert train.longest_prompt(new_policy(home), data)[1] == 24
 
 
@@ -639,6 +641,8 @@ def test_forecast_moves_with_its_causes(home, scorer, settings):
         assert forecast("--targets", "all", "--dropout", "0.1")[row] > forecast(
             "--targets", "all", "--dropout", "0.1", *more)[row]
     assert "evaluation" not in forecast("--eval-every", "0")
+    # Free answers that are forced to begin with FULL and with REGION read the prompt once for each.
+    assert forecast("--decode", "free")["rollout"] > forecast("--decode", "free", "--balance", "none")["rollout"]
 
 
 @pytest.mark.parametrize("room, fits", [(2**40, True), (2**20, False)])
@@ -650,10 +654,17 @@ def test_card_that_is_too_small_is_refused_with_a_remedy(home, data, scorer, set
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, 2**40))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**10)
     if fits:
-        assert "at the peak, update" in train.check_memory(on_card, scorer.scorer, data, args)[-1]
+        lines, peak = train.check_memory(on_card, scorer.scorer, data, args)
+        assert f"{peak / 2**20:,.1f} MiB  at the peak, update" in lines[-1]
         return
     with pytest.raises(ValueError, match=r"cuda:0 has 1.0 MiB for it.*--checkpointing.*--max-pixels"):
         train.check_memory(on_card, scorer.scorer, data, args)
+
+
+def test_forecast_beside_the_measured_step():
+    assert train.measured_memory({"step": 4, "memory_mb": 1234.5}, 2**30, torch.device("cuda", 1)) == [
+        "memory: 1,234.5 MiB at the peak of step 5, 1,024.0 MiB were forecast"]
+    assert train.measured_memory({"step": 4, "memory_mb": 1234.5}, 2**30, torch.device("cpu")) == []
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ the prompt of Table 10, N = 8 rollouts of 4 queries, answers as long as the temp
   image through the tower for each, logits of every token), in plain transformers;
 * reward: crops only, equal boxes once, against the release's way (the view and all K candidates for every completion);
 * step: ours, whole, against TRL's GRPOTrainer with peft, where TRL is installed (it is no requirement);
+* encode: the scorer's image tower against open_clip's own ViT of the same shape, in turns, on pixels that are ready;
 * act: inference with grammar and free decoding of answers of the same length, one query at a time and in batches; and
   of FULL, which is the prefill alone, so that the time of writing can be told from that of reading.
 Ours follows train.py's defaults: half of a group is FULL, which ends at the decision. The repeated rollouts and TRL
 know no grammar and write N whole answers; that is part of what is compared, though small beside the prompt.
 
 Every case runs in a process of its own, so its peak memory is nobody else's: on CUDA the allocator's, on a CPU that of
-the whole process. A peak on a CPU can only grow; parts are run in the order in which they need more.
+the whole process, taken anew for every part on Linux. Elsewhere it can only grow; parts are run in the order in which
+they need more.
 
 The floor of a case is its operations divided by this machine's own rate in one large matrix product, or its bytes
 divided by the rate of a large copy, whichever takes longer; both rates are measured in the same run. Left out of the
@@ -26,6 +28,7 @@ as in policy.py.
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.util
@@ -56,7 +59,7 @@ from transformers import (
 import rgrpo
 from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, BoxDraft, Policy, Tree
 from rewards import reward
-from scorer import EvaClip, EvaClipConfig, crop, preprocess, scores, write_json
+from scorer import EvaClip, EvaClipConfig, Scorer, crop, preprocess, scores, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 20  # candidates of a pool (Sec. 4.1)
@@ -105,6 +108,7 @@ def parse_args(argv=None):
     shape.add_argument("--targets", choices=("all", "language"), default="all",
                        help="LoRA on all linear layers (App. B) | on the language model's: image features are kept")
     shape.add_argument("--dropout", type=float, default=0.1, help="of LoRA, in the update")
+    shape.add_argument("--scorer-batch", type=int, default=64, help="images of a forward pass in the case encode")
     shape.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="queries of an inference batch")
     add_machine_flags(parser)
     args = parser.parse_args(argv)
@@ -112,7 +116,8 @@ def parse_args(argv=None):
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.out = args.out or f"bench/{args.model}-{args.device.replace(':', '')}.json"
     args.rows = min(args.rows or args.group, args.group)
-    least = {"visual_tokens": 4, "queries": 1, "group": 2, "rows": 1, "repeat": 1, "warmup": 0}
+    least = {"visual_tokens": 4, "queries": 1, "group": 2, "rows": 1, "repeat": 1, "warmup": 0,
+             "scorer_batch": 1}
     for name, value in least.items():
         if getattr(args, name) < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}")
@@ -185,14 +190,20 @@ def build_policy(args, lora=True):
     return policy
 
 
-def build_scorer(args):
-    """A random EvaClip. Weights are drawn in place: 8 B parameters in float32 first would be 32 GB."""
+def build_random(args, build):
+    """The model that build() makes, random. Weights are drawn in place: 8 B parameters in float32 first would be 32 GB.
+    """
     with torch.device("meta"):
-        model = EvaClip(EvaClipConfig(**EVA[args.model]))
+        model = build()
     model = model.to(getattr(torch, args.dtype)).to_empty(device=args.device).requires_grad_(False).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     return model
+
+
+def build_scorer(args):
+    """A random EvaClip."""
+    return build_random(args, lambda: EvaClip(EvaClipConfig(**EVA[args.model])))
 
 
 def question(number):
@@ -277,13 +288,12 @@ def pack(prompts, groups, advantages):
     return [([p], [g], a) for p, g, a in zip(prompts, groups, advantages)]
 
 
-def encode(scorer, images, batch=64):
-    """Image features, float32 [B, D], as scorer.py's scorers make them."""
-    size, device = scorer.config.image_hw, scorer.logit_scale.device
-    with torch.inference_mode():
-        rows = [scorer.encode_image(torch.stack([preprocess(i, size) for i in images[s:s + batch]]).to(device))
-                for s in range(0, len(images), batch)]
-        return torch.cat(rows).float().cpu().numpy()                                                    # [B, D]
+def encode(model, images):
+    """Image features, float32 [B, D], by scorer.py's own way around a random model: its threads and its batches."""
+    scorer = Scorer("random", model.logit_scale.device, model.logit_scale.dtype)
+    scorer.model, scorer.dim = model, model.config.embed_dim
+    scorer.preprocess = functools.partial(preprocess, size=model.config.image_hw)
+    return scorer.image_features(images)                                                                # [B, D]
 
 
 def rewards_of(scorer, images, groups, full, candidates):
@@ -433,20 +443,22 @@ def causal(start, tokens):
     return tokens * start + tokens * (tokens + 1) // 2
 
 
-def weight_bytes(policy):
-    """Bytes of the language model, which every forward pass has to read once."""
-    return (language_parameters(policy.model.config) * policy.model.dtype.itemsize
-            + policy.model.lm_head.weight.numel() * policy.model.dtype.itemsize)
+def weight_bytes(policy, head):
+    """Bytes of the language model, which every forward pass has to read once. head: with lm_head? The grammar needs
+    some twenty of its rows, which is nothing."""
+    numbers = language_parameters(policy.model.config) + head * policy.model.lm_head.weight.numel()
+    return numbers * policy.model.dtype.itemsize
 
 
-def decode_work(policy, rows, steps, slots):
-    """[operations, bytes] of `steps` steps of one token for `rows` rows whose caches hold `slots` tokens each."""
+def decode_work(policy, rows, steps, slots, head):
+    """[operations, bytes] of `steps` steps of one token for `rows` rows whose caches hold `slots` tokens each. head:
+    are there logits of the whole vocabulary?"""
     text = policy.model.config.text_config
     cache = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * text.num_hidden_layers
-    head = 2 * text.hidden_size * text.vocab_size
-    operations = steps * rows * (language_operations(policy.model.config, 1, slots) + head)
+    logits = 2 * text.hidden_size * text.vocab_size * head
+    operations = steps * rows * (language_operations(policy.model.config, 1, slots) + logits)
     # A step of 8 rows still reads every weight, so this, not the operations, is what it waits for.
-    return [operations, steps * (weight_bytes(policy) + rows * slots * cache * policy.model.dtype.itemsize)]
+    return [operations, steps * (weight_bytes(policy, head) + rows * slots * cache * policy.model.dtype.itemsize)]
 
 
 def prefill_work(policy, prompts, tail=0):
@@ -455,7 +467,7 @@ def prefill_work(policy, prompts, tail=0):
     lengths = [len(p.ids) + tail for p in prompts]
     operations = sum(language_operations(config, n, causal(0, n)) for n in lengths)
     operations += sum(vision_operations(config, len(p.pixel_values)) for p in prompts)
-    return [operations, weight_bytes(policy)]
+    return [operations, weight_bytes(policy, head=False)]
 
 
 def rollout_work(policy, prompts, groups):
@@ -465,7 +477,7 @@ def rollout_work(policy, prompts, groups):
     # The decision and the first digit come from the prefill; the last choice is never fed.
     steps = max(sum(c.free) for c in boxes) - 2
     slots = int(np.mean([len(p.ids) for p in prompts])) + trunk
-    return [prefill_work(policy, prompts, trunk), decode_work(policy, len(boxes), steps, slots)]
+    return [prefill_work(policy, prompts, trunk), decode_work(policy, len(boxes), steps, slots, head=False)]
 
 
 def update_work(policy, pieces, args, repeated):
@@ -485,17 +497,16 @@ def update_work(policy, pieces, args, repeated):
                 tokens, rows = start + len(tree.tokens), int(args.targets == "all")  # features are kept else
                 pairs = causal(0, start) + sum(start + depth + 1 for depth in tree.depths)
             operations += language_operations(config, tokens, pairs, backward=True) + rows * vision
-        phases.append([operations, 2 * weight_bytes(policy)])
+        phases.append([operations, 2 * weight_bytes(policy, head=repeated)])
     return phases
 
 
-def scorer_work(scorer, images):
-    """[operations, bytes] of encoding images."""
-    c = scorer.config
+def scorer_work(c, images, dtype):
+    """[operations, bytes] of encoding images by an EvaClip of this EvaClipConfig."""
     tokens = math.prod(c.image_hw) // c.patch_size**2 + 1
     weights = c.layers * (4 * c.width**2 + 2 * int(c.width * c.mlp_ratio) * c.width) + 3 * c.patch_size**2 * c.width
     operations = images * (2 * weights * tokens + 4 * c.layers * c.width * tokens**2)
-    return [operations, weights * scorer.logit_scale.dtype.itemsize * math.ceil(images / 64)]
+    return [operations, weights * dtype.itemsize * math.ceil(images / 64)]
 
 
 def measure_peaks(device, dtype):
@@ -537,6 +548,14 @@ def memory(device):
     return tuple(int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
 
 
+def forget_peak(device):
+    """From here on `memory` tells the peak anew, where the system can: CUDA and Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
 class Meter:
     """Seconds and peak bytes of the named parts of a case."""
 
@@ -550,8 +569,7 @@ class Meter:
 
     @contextlib.contextmanager
     def measure(self, part):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        forget_peak(self.device)
         synchronise(self.device)
         start = time.perf_counter()
         yield
@@ -594,7 +612,8 @@ def case_rollout_repeated(args, meter):
             generate(policy, prompts, args.group, length)
     rows = len(prompts) * args.group
     slots = int(np.mean([len(p.ids) for p in prompts])) + length // 2
-    meter.work["rollout"] = [prefill_work(policy, prompts * args.group), decode_work(policy, rows, length - 1, slots)]
+    meter.work["rollout"] = [prefill_work(policy, prompts * args.group),
+                             decode_work(policy, rows, length - 1, slots, head=True)]
     meter.counts = {"image_passes": rows, "answer_tokens": length}
 
 
@@ -675,7 +694,7 @@ def case_reward(args, meter):
     for _ in range(args.warmup + args.repeat):
         with meter.measure("reward"):
             _, passes = rewards_of(scorer, images, groups, full, candidates)
-    meter.work["reward"] = [scorer_work(scorer, passes)]
+    meter.work["reward"] = [scorer_work(scorer.config, passes, scorer.logit_scale.dtype)]
     meter.counts = {"image_passes": passes}
 
 
@@ -694,8 +713,32 @@ def case_reward_release(args, meter):
                     reward([c.action.decision], scores(features[:1], features[1:]),
                            scores(full[b], features[1:]), labels)
                     passes += 1 + K
-    meter.work["reward"] = [scorer_work(scorer, 1 + K) for _ in range(passes // (1 + K))]
+    once = scorer_work(scorer.config, 1 + K, scorer.logit_scale.dtype)
+    meter.work["reward"] = [once] * (passes // (1 + K))
     meter.counts = {"image_passes": passes}
+
+
+def encode_towers(args):
+    """Our image tower, and open_clip's ViT of the same width, layers, heads and MLP."""
+    # Not above: it takes seconds, and no other case needs it.
+    from open_clip.transformer import VisionTransformer
+    c = EvaClipConfig(**EVA[args.model])
+    return build_random(args, lambda: EvaClip(c, ("visual",))).visual, build_random(args, lambda: VisionTransformer(
+        c.image_size, c.patch_size, c.width, c.layers, c.width // c.head_width, c.mlp_ratio, output_dim=c.embed_dim))
+
+
+def case_encode(args, meter):
+    """The image tower on pixels that are ready, of a batch as prepare.py makes them, and open_clip's in turns."""
+    c, (ours, theirs) = EvaClipConfig(**EVA[args.model]), encode_towers(args)
+    pixels = torch.randn(args.scorer_batch, 3, *c.image_hw).to(args.device, getattr(torch, args.dtype))
+    meter.ready()
+    with torch.inference_mode():
+        for _ in range(args.warmup + args.repeat):
+            for name, tower in (("ours", ours), ("open_clip", theirs)):
+                with meter.measure(f"batch {args.scorer_batch} {name}"):
+                    tower(pixels)
+    meter.work = {part: [scorer_work(c, args.scorer_batch, pixels.dtype)] for part in meter.seconds}
+    meter.counts = {"tower_parameters": sum(p.numel() for p in ours.parameters())}
 
 
 def case_step(args, meter):
@@ -714,7 +757,8 @@ def case_step(args, meter):
             totals, passes = rewards_of(scorer, images, groups, full, candidates)
             pieces = pack(prompts, groups, judge(groups, counts, totals))
             update(policy, optimizer, pieces, policy.log_probs)
-    meter.work["step"] = (rollout_work(policy, prompts, groups) + [scorer_work(scorer, passes)]
+    meter.work["step"] = (rollout_work(policy, prompts, groups)
+                          + [scorer_work(scorer.config, passes, scorer.logit_scale.dtype)]
                           + update_work(policy, pieces, args, repeated=False))
     meter.counts = {"scorer_passes": passes, "policy_parameters": policy.model.num_parameters(),
                     "scorer_parameters": sum(p.numel() for p in scorer.parameters()),
@@ -806,14 +850,14 @@ def case_act(args, meter):
         meter.work[f"batch {batch} grammar"] = rollout_work(policy, prompts, groups["grammar"])
         slots = len(prompts[0].ids) + length // 2
         meter.work[f"batch {batch} free"] = [prefill_work(policy, prompts),
-                                             decode_work(policy, batch, length - 1, slots)]
+                                             decode_work(policy, batch, length - 1, slots, head=True)]
         for name in ("grammar", "free"):
             meter.counts[f"answer_tokens {batch} {name}"] = [len(c.ids) for group in groups[name] for c in group]
 
 
 CASES = {
     "rollout": case_rollout, "rollout_repeated": case_rollout_repeated,
-    "reward": case_reward, "reward_release": case_reward_release,
+    "reward": case_reward, "reward_release": case_reward_release, "encode": case_encode,
     "update": case_update, "update_repeated": case_update_repeated,
     "step": case_step, "step_trl": case_step_trl,
     "act": case_act,
@@ -857,7 +901,7 @@ def floor_seconds(work, peaks):
 def compare(results):
     """Ratios of medians and of peak memory, repeated : ours; None where one of the two was left out."""
     def pick(name, what):
-        case, part = name.split()
+        case, part = name.split(maxsplit=1)
         return results.get(case, {}).get(what, {}).get(part)
 
     ratios = {}
@@ -870,6 +914,9 @@ def compare(results):
     passes = [results.get(case, {}).get("counts", {}).get("image_passes") for case in ("reward_release", "reward")]
     if all(passes):
         ratios["reward"]["image_passes"] = passes[0] / passes[1]
+    for part, seconds in results.get("encode", {}).get("median_s", {}).items():
+        if part.endswith("open_clip"):
+            ratios["open_clip's ViT against ours"] = {"time": seconds / pick(f"encode {part[:-9]}ours", "median_s")}
     parts = [pick(COMPARED[part][0], "median_s") for part in ("rollout", "reward", "update")]
     if all(parts) and pick("step step", "median_s"):
         ratios["step against the sum of the repeated parts"] = {"time": sum(parts) / pick("step step", "median_s")}

@@ -9,6 +9,7 @@ manifest.json of its data (which pools, which scorer). What is not there is not 
 import argparse
 import json
 import os
+import textwrap
 
 from scorer import replacing
 
@@ -71,6 +72,23 @@ def data_lines(config, manifest):
     return lines
 
 
+def use(config):
+    """Lines of the section that says how to load it, with what the adapter's own files do not hold: the run's prompt
+    and image size."""
+    args, prompt = config["args"], config.get("system_prompt")
+    more = f", max_pixels={args['max_pixels']}" if args.get("max_pixels") else ""
+    if prompt or args.get("system_prompt"):
+        more += ", system_prompt=PROMPT"
+    lines = [
+        "```python", "from policy import load_policy",
+        f"policy = load_policy({json.dumps(config['policy'])}, adapter=\"THIS FOLDER\"{more})",
+        'action = policy.act([image], ["Where does this beetle live?"])[0]   # FULL, or REGION with a box in pixels',
+        "```", "", "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`. Use the prompt of the training run"
+        + (", to the letter:" if prompt else ".")]
+    # Indented and not fenced: whatever the text holds, it cannot end the block.
+    return [*lines, "", *textwrap.indent(prompt, "    ").splitlines()] if prompt else lines
+
+
 def card(config, metrics, manifest, licence):
     """The whole card as text. config, metrics, manifest: the dicts of the three files."""
     settings = [f"| {name} | `{json.dumps(config['args'][name])}` |" for name in METHOD if name in config["args"]]
@@ -82,11 +100,8 @@ def card(config, metrics, manifest, licence):
         "",
         "## Results", "", *results(metrics), "", "## Data", "", *data_lines(config, manifest), "",
         "## Training", "", "| | |", "|---|---|", *settings, "",
-        "## Use", "", "```python", "from policy import load_policy",
-        f"policy = load_policy({json.dumps(config['policy'])}, adapter=\"THIS FOLDER\")",
-        'action = policy.act([image], ["Where does this beetle live?"])[0]   # FULL, or REGION with a box in pixels',
-        "```", "", "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`. Use the prompt of the training run.",
-        "", "## Limits and licence", "",
+        "## Use", "", *use(config), "",
+        "## Limits and licence", "",
         "Trained for one scorer: which crop helps depends on it. It was never taught to answer the question itself.",
         f"Adapter: {licence}. Base model ({config['policy']}), scorer and data have licences of their own.", ""])
 

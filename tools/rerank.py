@@ -30,11 +30,9 @@ import hashlib
 import io
 import json
 import os
-import struct
 import sys
 import threading
 import time
-import zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,11 +42,12 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from policy import Action, load_policy
-from scorer import Data, crop, fuse, load_data, load_scorer, read_image, replacing, scores, write_json
+from scorer import (DAMAGED, Data, as_rgb, crop, fuse, load_data, load_scorer, read_image, replacing, scores,
+                    write_json)
 
 PAGE = Path(__file__).with_name("demo.html")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what a folder of candidates is read for
@@ -149,8 +148,9 @@ class Reranking:
 def rerank(image, question, candidates, policy, scorer, decode="grammar", threshold=None, force=None):
     """Choose a view of `image` by `question` and rank the candidates with it -> Reranking.
 
-    image: PIL image or path. candidates: list of (image, text), image a PIL image or path, text "" or None where there
-    is none; or float [K, D], vectors of Eq. 3 that scorer.fuse made (of any length), which costs no encoding.
+    image: path, read upright by its EXIF, or PIL image, taken as it lies. candidates: list of (image, text), images
+    alike, text "" or None where there is none; or float [K, D], vectors of Eq. 3 that scorer.fuse made (of any length),
+    which costs no encoding.
     policy, scorer: of load_policy, load_scorer. decode: "grammar" or "free". threshold: crop where p(REGION | x) is
     above it, None = the likelier decision (Sec. 3.2). force: None, "FULL" or "REGION", to see what it would do.
     Raises ValueError or FileNotFoundError naming the image, question or candidate that cannot be used.
@@ -202,8 +202,9 @@ def best_first(values):
 
 
 def open_image(image):
-    """PIL image as RGB, from a PIL image or a path."""
-    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(os.fspath(image))
+    """PIL image as RGB, from a PIL image or a path. A PIL image is not turned by its EXIF: the box is for the caller,
+    in the pixels that he has."""
+    return as_rgb(image) if isinstance(image, Image.Image) else read_image(os.fspath(image))
 
 
 def candidate_features(candidates, scorer, known=None):
@@ -297,6 +298,10 @@ def read_object(line, where):
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected an object in braces, got {type(fields).__name__}")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:  # a lone \ud83d, which no tokenizer and no file takes
+        raise ValueError(f"{where}: half a surrogate pair is no character ({str(error)[:80]})") from error
     return fields
 
 
@@ -819,10 +824,10 @@ def uploaded(text):
             if image.width * image.height > UPLOAD_PIXELS:
                 raise Refusal(413, f"The image has {image.width} x {image.height} pixels; at most "
                                    f"{UPLOAD_PIXELS // 1_000_000} million can be used.")
-            return image.convert("RGB")
-    # What Pillow's decoders raise on damaged bytes, as in scorer.read_image.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-            Image.DecompressionBombError) as error:
+            image.load()  # as scorer.read_image does with a file
+            ImageOps.exif_transpose(image, in_place=True)
+            return as_rgb(image)
+    except DAMAGED as error:
         raise Refusal(400, "This file cannot be read as an image.") from error
 
 
@@ -914,8 +919,8 @@ def make_server(demo, port):
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        raise ValueError(f"port {port} cannot be used ({error.strerror}): name another, as in --serve {port + 1}"
-                         ) from error
+        raise ValueError(f"port {port} cannot be used ({error.strerror}): name another, as in --serve {port + 1} "
+                         f"(or make demo DEMO_PORT={port + 1})") from error
     server.daemon_threads, server.demo = True, demo
     return server
 
