@@ -1,6 +1,7 @@
-"""Build the two stand-in models of the embedded world: mini/scorer (an EVA-CLIP) and mini/policy (a Qwen2.5-VL).
+"""Build the stand-in models of the embedded world: mini/scorer (an EVA-CLIP), mini/policy (a Qwen2.5-VL) and
+mini/scorer2, another EVA-CLIP, to which the scorer is swapped at test time (Table 6).
 
-    python -m mini.pretrain                    # both; `make mini` (minutes and machine: see README)
+    python -m mini.pretrain                    # all; `make mini` (minutes and machine: see LOG.md)
     python -m mini.pretrain --only scorer
 
 They stand in for BAAI/EVA-CLIP-8B and Qwen/Qwen2.5-VL-3B-Instruct and are loaded by the code that loads the real ones.
@@ -53,13 +54,14 @@ LANDMARK_SHARE = 0.35     # of the pretraining entities; the data set has 0.2
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="mini", help="folder that receives scorer/ and policy/")
-    parser.add_argument("--only", choices=("scorer", "policy"), help="build one of the two")
+    parser.add_argument("--out", default="mini", help="folder that receives scorer/, policy/ and scorer2/")
+    parser.add_argument("--only", choices=("scorer", "policy", "scorer2"), help="build one of the three")
     parser.add_argument("--seed", type=int, default=0, help="entities, pictures, weights and order are functions of it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw pictures")
     size = parser.add_argument_group("length of training")
     size.add_argument("--entities", type=int, default=1800, help="pretraining entities")
     size.add_argument("--scorer-steps", type=int, default=1100, help="contrastive steps")
+    size.add_argument("--scorer2-steps", type=int, default=500, help="of the second scorer, with the seed after --seed")
     size.add_argument("--scorer-batch", type=int, default=192, help="entities a contrastive step, in whole families")
     size.add_argument("--scenes", type=int, default=24000,
                       help="scenes for the policy, each seen several times, mirrored and recoloured")
@@ -177,9 +179,14 @@ def scorer_optimizer(model):
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
 
 
-def train_scorer(args, device):
-    """Contrastive training of mini/scorer; writes <out>/scorer."""
-    start, folder = time.time(), Path(args.out) / "scorer"
+def second_scorer(args):
+    """The arguments for mini/scorer2: other entities, pictures and first weights, and a shorter training."""
+    return argparse.Namespace(**{**vars(args), "seed": args.seed + 1, "scorer_steps": args.scorer2_steps})
+
+
+def train_scorer(args, device, name="scorer"):
+    """Contrastive training of mini/scorer; writes <out>/<name>."""
+    start, folder = time.time(), Path(args.out) / name
     entities = world.make_entities(args.entities, LANDMARK_SHARE, args.seed, universe="pretrain")
     bank = draw_views(entities, args)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name also for the CPU: stay in bf16
@@ -717,10 +724,12 @@ def main(argv=None):
     args = parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    if args.only != "policy":
+    if args.only in (None, "scorer"):
         train_scorer(args, device)
-    if args.only != "scorer":
+    if args.only in (None, "policy"):
         train_policy(args, device)
+    if args.only in (None, "scorer2"):
+        train_scorer(second_scorer(args), device, "scorer2")
 
 
 if __name__ == "__main__":
