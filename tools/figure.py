@@ -151,7 +151,10 @@ def main(argv=None):
     pyplot, patches = (importlib.import_module(f"matplotlib.{name}") for name in ("pyplot", "patches"))
     try:
         data = load_data(args.data, args.split)
-        policy, scorer = load_policy(args.policy), load_scorer(args.scorer or data.manifest["scorer_name"])
+        policy = load_policy(args.policy)
+        # In the type that the stored features were made in: another one's rounding would be the only difference.
+        scorer = load_scorer(args.scorer or data.manifest["scorer_name"],
+                             dtype=data.manifest.get("args", {}).get("scorer_dtype"))
         if args.query is None:
             group = most_telling(data, policy, scorer, args.seed)
         elif 0 <= args.query < len(data) and 1 in data.queries[args.query].labels:
