@@ -1586,8 +1586,10 @@ def check_retrieval(data):
 def open_policy(name, config, args, trained):
     """The policy as it was trained: prompt and image size from the run's config, the adapter where it is needed."""
     settings = config.get("args", {})
-    return load_policy(name, adapter=os.path.join(args.run, "adapter") if trained else None, device=args.device,
-                       max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config))
+    policy = load_policy(name, adapter=os.path.join(args.run, "adapter") if trained else None, device=args.device,
+                         max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config))
+    policy.keep_prefix = True
+    return policy
 
 
 def read_prompt(config):

@@ -608,12 +608,17 @@ class Policy:
     """A frozen Qwen2.5-VL with its processor and, once added, LoRA. Made by `load_policy`; starts in eval mode.
 
     model, processor, device as in transformers. `name` is what it was loaded from. `system_prompt` is a plain string.
+
+    keep_prefix: set it to True for inference, and what all prompts begin with (the chat's opening and the system prompt,
+    hundreds of tokens) is read once and its keys and values are kept, instead of once a query. Methods of this class
+    that change the weights forget them; whoever changes weights in another way must leave it False, as training does.
     """
 
     def __init__(self, model, processor, name, system_prompt):
         self.model, self.processor, self.name, self.system_prompt = model, processor, name, system_prompt
         self.language_model = model.model.language_model
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
+        self.keep_prefix, self._prefix = False, None                # (ids [P], keys and values of each layer)
         # The 3B ends a turn with <|im_end|> or <|endoftext|>; its generation config lists both.
         ends = model.generation_config.eos_token_id
         self.end_tokens = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -690,6 +695,7 @@ class Policy:
     def _wrap(self, names, settings, seed):
         if self.layers:
             raise ValueError("this policy has LoRA already")
+        self._prefix = None
         # One generator through all layers in order: the seed alone fixes the start, whatever ran before.
         generator = torch.Generator().manual_seed(seed)
         self.lora = settings
@@ -731,6 +737,7 @@ class Policy:
         if set(weights) != set(self.layers) or not same:
             raise ValueError(f"{folder}: {settings} on {len(weights)} layers do not fit the LoRA in place, {self.lora} "
                              f"on {len(self.layers)} layers")
+        self._prefix = None
         for name, (a, b) in weights.items():
             layer = self.layers[name]
             if a.shape != layer.lora_A.shape or b.shape != layer.lora_B.shape:
@@ -745,22 +752,25 @@ class Policy:
         # Merged, the base weights are not to be had; answering with the adapter would make the KL silently 0.
         if any(layer.saved_weight is not None for layer in self.layers.values()) and not enabled:
             raise ValueError("the adapter is merged into the base weights: unmerge() before switching it off")
-        before = [layer.enabled for layer in self.layers.values()]
+        before, self._prefix = [layer.enabled for layer in self.layers.values()], None
         for layer in self.layers.values():
             layer.enabled = enabled
         try:
             yield self
         finally:
+            self._prefix = None
             for layer, was in zip(self.layers.values(), before):
                 layer.enabled = was
 
     def merge(self):
         """Fold the adapter into the base weights: faster inference, no training until `unmerge`."""
+        self._prefix = None
         for layer in self.layers.values():
             layer.merge()
 
     def unmerge(self):
         """Restore the base weights bit by bit."""
+        self._prefix = None
         for layer in self.layers.values():
             layer.unmerge()
 
@@ -797,6 +807,8 @@ class Policy:
     def train(self, mode=True):
         """Dropout on (and gradient checkpointing, where enabled on `model`) until `eval()`. Stay in this mode for the
         backward pass too: checkpointing runs the forward again there. `rollout` and `act` never use dropout."""
+        if mode:
+            self._prefix = None
         self.model.train(mode)
         return self
 
@@ -824,10 +836,11 @@ class Policy:
         grid = torch.stack([prompt.grid_thw for prompt in prompts]).to(self.device)                 # [B, 3]
         return self.model.model.get_image_features(pixels, grid).pooler_output                      # B x [G, D]
 
-    def _forward(self, prompts, trees, cache=None):
+    def _forward(self, prompts, trees, cache=None, skip=0):
         """Rows `[prompt | tree | padding]` through the language model -> hidden [B, L, D], row lengths [B] (a list).
 
-        `cache`: a DynamicCache to be filled, for decoding on from here.
+        `cache`: a DynamicCache to be filled, for decoding on from here. It holds the first `skip` tokens of all rows
+        already: then L is without them, and the lengths are not. Only rows without branches can be skipped into.
         """
         lengths = [len(prompt.ids) + len(tree.tokens) for prompt, tree in zip(prompts, trees)]
         width = max(lengths)
@@ -841,6 +854,7 @@ class Policy:
             positions[:, b, :start] = prompt.position_ids
             # All branches start at the same position: each reads as if it alone followed the prompt.
             positions[:, b, start:end] = prompt.next_position + torch.tensor(tree.depths, dtype=torch.long)
+        ids, is_image, positions = ids[:, skip:], is_image[:, skip:], positions[..., skip:]
         embeds = self.language_model.embed_tokens(ids.to(self.device))                              # [B, L, D]
         features = torch.cat(self._features(prompts)).to(embeds.dtype)                              # [sum G, D]
         embeds = embeds.masked_scatter(is_image.to(self.device)[..., None], features)               # [B, L, D]
@@ -975,14 +989,39 @@ class Policy:
             raise ValueError("sampling needs one seed a query")
 
     def _prefill(self, prompts, tails):
-        """Prompt and tail (list of tokens) of each row, once -> hidden [B, L, D] and Rows standing after the tail."""
-        cache = DynamicCache(config=self.language_model.config)
-        hidden, lengths = self._forward(prompts, [Tree([tail], [len(tail)]) for tail in tails], cache)
+        """Prompt and tail (list of tokens) of each row, once -> hidden [B, L, D], how many tokens stand before the first
+        of L (`keep_prefix`), and Rows standing after the tail."""
+        cache, skip = self._start(prompts)
+        hidden, lengths = self._forward(prompts, [Tree([tail], [len(tail)]) for tail in tails], cache, skip)
         ends = torch.tensor(lengths, device=self.device)                                            # [B]
-        valid = torch.arange(hidden.shape[1], device=self.device) < ends[:, None]                   # [B, S]
+        valid = torch.arange(skip + hidden.shape[1], device=self.device) < ends[:, None]            # [B, S]
         position = torch.tensor([p.next_position + len(tail) for p, tail in zip(prompts, tails)], device=self.device)
-        last = hidden[torch.arange(len(prompts), device=self.device), ends - 1]                     # [B, D]
-        return hidden, Rows(self.language_model, cache, valid, position, last)
+        last = hidden[torch.arange(len(prompts), device=self.device), ends - 1 - skip]              # [B, D]
+        return hidden, skip, Rows(self.language_model, cache, valid, position, last)
+
+    def _start(self, prompts):
+        """A DynamicCache for rows of these prompts, and how many of their first tokens it holds: none without
+        `keep_prefix`; with it all before the image, which no question or image changes."""
+        cache = DynamicCache(config=self.language_model.config)
+        if not self.keep_prefix:
+            return cache, 0
+        ids = prompts[0].ids[:int(prompts[0].mm_token_type_ids.argmax())]                           # [P]
+        if self._prefix is None or not torch.equal(self._prefix[0], ids):
+            self._prefix = ids, self._read(ids)
+        if not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):  # prompts of another system prompt
+            return cache, 0
+        for i, (keys, values) in enumerate(self._prefix[1]):                                        # [1, heads, P, d]
+            cache.update(keys.expand(len(prompts), -1, -1, -1), values.expand(len(prompts), -1, -1, -1), i)
+        return cache, len(ids)
+
+    def _read(self, ids):
+        """Tokens at the beginning of a prompt, int64 [P] -> their keys and values, a pair a layer, each [1, heads, P, d]."""
+        cache = DynamicCache(config=self.language_model.config)
+        ids = ids[None].to(self.device)                                                             # [1, P]
+        positions = torch.arange(ids.shape[1], device=self.device).expand(3, 1, -1)                 # text: all three alike
+        self.language_model(inputs_embeds=self.language_model.embed_tokens(ids), position_ids=positions,
+                            past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _start_grammar(self, prompts, plans, streams, temperature, _):
         """Decisions of all rollouts, and the rows of those that go on to a box.
@@ -991,9 +1030,9 @@ class Policy:
         first digit's distribution; the template costs some 30 tokens beside the prompt's hundreds.
         """
         grammar = self.grammar
-        hidden, rows = self._prefill(prompts, [grammar.trunk] * len(prompts))
+        hidden, skip, rows = self._prefill(prompts, [grammar.trunk] * len(prompts))
         # The token before the decision predicts it.
-        at = [len(prompt.ids) + len(grammar.prefix) - 1 for prompt in prompts]
+        at = [len(prompt.ids) + len(grammar.prefix) - 1 - skip for prompt in prompts]
         pair = (grammar.full, grammar.region)
         log_probs, columns = self.choice_log_probs(hidden[range(len(at)), at], [pair] * len(at), temperature)   # [B, 2]
         drafts, index = [], []
@@ -1025,7 +1064,7 @@ class Policy:
             opening["FULL"] = self.grammar.prefix + [self.grammar.full]
             opening["REGION"] = self.grammar.prefix + [self.grammar.region]
         kinds = list(dict.fromkeys((b, entry) for b, plan in enumerate(plans) for entry in plan))
-        hidden, rows = self._prefill([prompts[b] for b, _ in kinds], [opening[entry] for _, entry in kinds])
+        hidden, skip, rows = self._prefill([prompts[b] for b, _ in kinds], [opening[entry] for _, entry in kinds])
         drafts = []
         for b, plan in enumerate(plans):
             drafts.append([FreeDraft(prompts[b], stream, self.end_tokens, limit) for stream in streams[b]])
@@ -1033,7 +1072,7 @@ class Policy:
                 if entry is not None:
                     # The decision was fed, not chosen; its log-probability stands one token earlier.
                     row, token = kinds.index((b, entry)), opening[entry][-1]
-                    before = hidden[row, len(prompts[b].ids) + len(opening[entry]) - 2]             # [D]
+                    before = hidden[row, len(prompts[b].ids) + len(opening[entry]) - 2 - skip]      # [D]
                     log_probs, _ = self.choice_log_probs(before[None], [None], temperature)         # [1, V]
                     draft.add_template(opening[entry][:-1])
                     draft.add_decision(token, None, float(log_probs[0, token]), forced=True)

@@ -491,6 +491,83 @@ def test_bad_plans(policy, prompts):
         policy.log_probs(prompts, [[], [], [], []])
 
 
+# ---- what all prompts begin with, kept ---------------------------------------------------------------------------------
+
+
+def answers(policy, prompts, decode):
+    groups = policy.rollout(prompts, [PLAN] * len(prompts), decode, sample=False, max_new_tokens=12)
+    return [(one.ids, one.action.p_region) for group in groups for one in group]
+
+
+def fed(policy, monkeypatch):
+    """A list to which each forward pass of the language model adds how many tokens a row it was fed."""
+    seen, whole = [], policy.language_model.forward
+    monkeypatch.setattr(policy.language_model, "forward", lambda *args, inputs_embeds, **more: (
+        seen.append(tuple(inputs_embeds.shape[:2])), whole(*args, inputs_embeds=inputs_embeds, **more))[1])
+    return seen
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("decode", ["grammar", "free"])
+def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, attention):
+    policy = load_policy(folder, system_prompt="Crop or not?", attention=attention)
+    policy.add_lora()
+    prompts = randomise_lora(policy).prompts(images, QUESTIONS)
+    plain = answers(policy, prompts, decode)
+    policy.keep_prefix, seen = True, fed(policy, monkeypatch)
+    assert policy._prefix is None
+    first = answers(policy, prompts, decode)
+    # Before the image stand the opening and the system prompt: these are read for one row, the rest for all.
+    before = prompts[0].mm_token_type_ids.tolist().index(1)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    assert seen[0] == (1, before) and seen[1][1] < longest - before + 60 and before > 20
+    seen.clear()
+    again = [one for part in (prompts[:1], prompts[1:]) for one in answers(policy, part, decode)]
+    assert (1, before) not in seen  # not read again
+    for found in (first, again):
+        assert [ids for ids, _ in found] == [ids for ids, _ in plain]
+        assert [p for _, p in found] == [p and pytest.approx(p, abs=1e-6) for _, p in plain]
+
+
+def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
+    """Each of these changes what the prefix looks like inside: afterwards the answers are those of a new policy."""
+    policy = load_policy(folder, system_prompt="Crop or not?")
+    policy.add_lora()
+    prompts = randomise_lora(policy, 1).prompts(images, QUESTIONS)
+    policy.save_adapter(tmp_path)
+    randomise_lora(policy, 2)
+
+    def right():
+        found, policy.keep_prefix = [], True
+        for _ in range(2):
+            found.append([p for _, p in answers(policy, prompts, "grammar")])
+            policy.keep_prefix = False
+        assert found[0] == pytest.approx(found[1], abs=1e-6)
+        policy.keep_prefix = True
+        return found[0]
+
+    seen = [right()]
+    with policy.adapter(False):
+        seen.append(right())
+    assert right() == seen[0] != seen[1]
+    policy.load_adapter(tmp_path)
+    seen.append(right())
+    policy.merge()
+    merged = right()
+    policy.unmerge()
+    assert right() == seen[2] == pytest.approx(merged, abs=1e-4) and seen[2] != seen[0]
+    policy.train()  # a step of training, as train.py has them
+    randomise_lora(policy, 3)
+    assert right() not in seen
+    # Prompts of another system prompt are no rows of this prefix.
+    other = load_policy(folder, system_prompt="Something else entirely, and longer?")
+    other.keep_prefix = True
+    mixed = [*other.prompts(images[:1], QUESTIONS[:1]), *prompts[:1]]
+    together = [p for _, p in answers(other, mixed, "grammar")]
+    other.keep_prefix = False
+    assert together == pytest.approx([p for _, p in answers(other, mixed, "grammar")], abs=1e-6)
+
+
 # ---- packed log-probs and gradients ----------------------------------------------------------------------------------
 
 

@@ -596,7 +596,7 @@ def test_cache_memory_equals_a_cache(home, data):
     policy = new_policy(home)
     _, prompts = train.open_queries(policy, data, [0, 1], 8192)
     with torch.no_grad():
-        _, rows = policy._prefill(prompts, [[]] * 2)
+        _, _, rows = policy._prefill(prompts, [[]] * 2)
     kept = sum(t.numel() * t.element_size() for layer in rows.cache.layers for t in (layer.keys, layer.values))
     assert cache_memory(policy.model.config, 2, max(len(p.ids) for p in prompts), 4) == kept
 

@@ -462,10 +462,13 @@ def decode_work(policy, rows, steps, slots, head):
 
 
 def prefill_work(policy, prompts, tail=0):
-    """[operations, bytes] of prompts with their images, and `tail` tokens after each."""
-    config = policy.model.config
-    lengths = [len(p.ids) + tail for p in prompts]
-    operations = sum(language_operations(config, n, causal(0, n)) for n in lengths)
+    """[operations, bytes] of prompts with their images, and `tail` tokens after each. What is kept of them costs nothing.
+    """
+    config, operations = policy.model.config, 0
+    for prompt in prompts:
+        kept = int(prompt.mm_token_type_ids.argmax()) if policy.keep_prefix else 0  # all before the image
+        tokens = len(prompt.ids) - kept + tail
+        operations += language_operations(config, tokens, causal(kept, tokens))
     operations += sum(vision_operations(config, len(p.pixel_values)) for p in prompts)
     return [operations, weight_bytes(policy, head=False)]
 
@@ -826,10 +829,12 @@ class Watch(TrainerCallback):
 def case_act(args, meter):
     """Inference of batches of each size, from PIL images on; the adapter counts as merged, so there is no LoRA.
 
-    In turns, so that all see the same machine: FULL, which is the prefill alone, a whole REGION answer by the grammar,
+    What stands before the image is kept, as evaluate.py and tools/rerank.py have it (`Policy.keep_prefix`). In turns, so
+    that all see the same machine: FULL, which is the prefill alone, a whole REGION answer by the grammar,
     and free decoding of an answer of that length (REGION is forced, and free decoding never ends early).
     """
     policy = build_policy(args, lora=False)
+    policy.keep_prefix = True
     images, questions = build_inputs(args, max(args.batches))
     # The likeliest boxes of random weights may have short numbers: free decoding writes as many tokens as the grammar.
     first = policy.prompts(images[:1], questions[:1])

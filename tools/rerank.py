@@ -497,6 +497,7 @@ def open_models(args):
         prompt = Path(settings["system_prompt"]).read_text(encoding="utf-8")  # as it was trained: not stripped
     policy = load_policy(policy_name, adapter=adapter, device=args.device, max_pixels=settings.get("max_pixels"),
                          system_prompt=prompt)
+    policy.keep_prefix = True
     same = {"policy": policy_name, "adapter": adapter, "scorer": scorer.identity, "decode": decode,
             "threshold": args.threshold, "k": args.k, "data": data,
             # By content, too: trained or prepared again, the same folder gives other answers.
