@@ -609,8 +609,8 @@ class Policy:
 
     model, processor, device as in transformers. `name` is what it was loaded from. `system_prompt` is a plain string.
 
-    keep_prefix: set it to True for inference, and what all prompts begin with (the chat's opening and the system prompt,
-    hundreds of tokens) is read once and its keys and values are kept, instead of once a query. Methods of this class
+    keep_prefix: set it to True for inference, and what all prompts begin with (`opening`: the system prompt, hundreds of
+    tokens) is read once and its keys and values are kept, instead of once a query. Methods of this class
     that change the weights forget them; whoever changes weights in another way must leave it False, as training does.
     """
 
@@ -618,7 +618,7 @@ class Policy:
         self.model, self.processor, self.name, self.system_prompt = model, processor, name, system_prompt
         self.language_model = model.model.language_model
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
-        self.keep_prefix, self._prefix = False, None                # (ids [P], keys and values of each layer)
+        self.keep_prefix, self._prefix = False, None                # keys and values of `opening`, a pair a layer
         # The 3B ends a turn with <|im_end|> or <|endoftext|>; its generation config lists both.
         ends = model.generation_config.eos_token_id
         self.end_tokens = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -632,6 +632,20 @@ class Policy:
         return Grammar(self.processor.tokenizer)
 
     # -- prompts -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def opening(self):
+        """Tokens with which every prompt begins, int64 [P]: those that neither image nor question changes."""
+        tokenizer = self.processor.tokenizer
+        one, other = (tokenizer(self._chat(question))["input_ids"] for question in ("a", "b"))
+        # Some chat templates have the image first, some the question. And whatever a question begins with, it is never
+        # joined to a special token, as it may be to the line break before it.
+        special, ends = set(tokenizer.all_special_ids), [0]
+        for i, (a, b) in enumerate(zip(one, other), 1):
+            if a != b or a == self.processor.image_token_id:
+                break
+            ends += [i] if a in special else []
+        return torch.tensor(one[:ends[-1]], dtype=torch.long)
 
     def prompts(self, images, questions):
         """PIL images and question strings, one each a query -> list[Prompt]. Images are read as RGB.
@@ -1000,17 +1014,15 @@ class Policy:
         return hidden, skip, Rows(self.language_model, cache, valid, position, last)
 
     def _start(self, prompts):
-        """A DynamicCache for rows of these prompts, and how many of their first tokens it holds: none without
-        `keep_prefix`; with it all before the image, which no question or image changes."""
-        cache = DynamicCache(config=self.language_model.config)
-        if not self.keep_prefix:
+        """A DynamicCache for rows of these prompts, and how many of their first tokens it holds: those of `opening` with
+        `keep_prefix`, else none."""
+        cache, ids = DynamicCache(config=self.language_model.config), self.opening
+        # Prompts made under another system prompt begin in another way.
+        if not self.keep_prefix or not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):
             return cache, 0
-        ids = prompts[0].ids[:int(prompts[0].mm_token_type_ids.argmax())]                           # [P]
-        if self._prefix is None or not torch.equal(self._prefix[0], ids):
-            self._prefix = ids, self._read(ids)
-        if not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):  # prompts of another system prompt
-            return cache, 0
-        for i, (keys, values) in enumerate(self._prefix[1]):                                        # [1, heads, P, d]
+        if self._prefix is None:
+            self._prefix = self._read(ids)
+        for i, (keys, values) in enumerate(self._prefix):                                           # [1, heads, P, d]
             cache.update(keys.expand(len(prompts), -1, -1, -1), values.expand(len(prompts), -1, -1, -1), i)
         return cache, len(ids)
 

@@ -507,20 +507,31 @@ def fed(policy, monkeypatch):
     return seen
 
 
+QUESTION_FIRST = (  # as mini/policy's template has it
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{{ m['content'][1]['text'] }}<|vision_start|><|image_pad|><|vision_end|>{% endif %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n")
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("decode", ["grammar", "free"])
-def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, attention):
+@pytest.mark.parametrize("question_first", [False, True])
+def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, attention, question_first):
     policy = load_policy(folder, system_prompt="Crop or not?", attention=attention)
+    if question_first:
+        policy.processor.chat_template = QUESTION_FIRST
     policy.add_lora()
     prompts = randomise_lora(policy).prompts(images, QUESTIONS)
     plain = answers(policy, prompts, decode)
     policy.keep_prefix, seen = True, fed(policy, monkeypatch)
     assert policy._prefix is None
     first = answers(policy, prompts, decode)
-    # Before the image stand the opening and the system prompt: these are read for one row, the rest for all.
-    before = prompts[0].mm_token_type_ids.tolist().index(1)
+    # Before image and question stand the system prompt and <|im_start|>: read for one row, the rest for all.
+    before, start = len(policy.opening), policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    second = [i for i, token in enumerate(prompts[0].ids.tolist()) if token == start][1]
+    assert before == (second + 1 if question_first else prompts[0].mm_token_type_ids.tolist().index(1))
     longest = max(len(prompt.ids) for prompt in prompts)
-    assert seen[0] == (1, before) and seen[1][1] < longest - before + 60 and before > 20
+    assert seen[0] == (1, before) and seen[1][1] < longest - before + 60 and before > 15
     seen.clear()
     again = [one for part in (prompts[:1], prompts[1:]) for one in answers(policy, part, decode)]
     assert (1, before) not in seen  # not read again

@@ -466,7 +466,7 @@ def prefill_work(policy, prompts, tail=0):
     """
     config, operations = policy.model.config, 0
     for prompt in prompts:
-        kept = int(prompt.mm_token_type_ids.argmax()) if policy.keep_prefix else 0  # all before the image
+        kept = len(policy.opening) if policy.keep_prefix else 0
         tokens = len(prompt.ids) - kept + tail
         operations += language_operations(config, tokens, causal(kept, tokens))
     operations += sum(vision_operations(config, len(p.pixel_values)) for p in prompts)
@@ -829,7 +829,7 @@ class Watch(TrainerCallback):
 def case_act(args, meter):
     """Inference of batches of each size, from PIL images on; the adapter counts as merged, so there is no LoRA.
 
-    What stands before the image is kept, as evaluate.py and tools/rerank.py have it (`Policy.keep_prefix`). In turns, so
+    What all prompts begin with is kept, as evaluate.py and tools/rerank.py have it (`Policy.keep_prefix`). In turns, so
     that all see the same machine: FULL, which is the prefill alone, a whole REGION answer by the grammar,
     and free decoding of an answer of that length (REGION is forced, and free decoding never ends early).
     """
