@@ -54,7 +54,7 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from rewards import metrics, summary
 from scorer import (
-    crop, fuse, hold, image_size, load_data, load_scorer, normalise, read_image, replacing, scores, write_json,
+    crop, fuse, hold, image_size, load_data, load_scorer, normalise, read_image, read_json, replacing, scores, write_json,
 )
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
@@ -216,18 +216,6 @@ def open_run(folder, data, methods):
         raise ValueError(f"run {folder} was trained on {config['data']} (pools {config['pools']}), but {data.folder} "
                          f"has pools {data.identity}: evaluate on the data of the run, or train with another --run")
     return config
-
-
-def read_json(path, remedy):
-    """The object that a JSON file holds. ValueError naming the file and what to do."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
-            raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object: {remedy}")
-    return content
 
 
 def adapter_file(run):

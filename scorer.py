@@ -808,6 +808,20 @@ def hold(folder, flag):
     return file
 
 
+def read_json(path, remedy):
+    """The object that a JSON file holds. FileNotFoundError or ValueError, each naming the file and what to do."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is missing: {remedy}")
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
+            raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object: {remedy}")
+    return content
+
+
 def write_json(path, obj):
     """Write obj as indented JSON, atomically."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import ImageDraw
 
 from rewards import metrics
-from scorer import crop, load_data, read_image, replacing, write_json
+from scorer import crop, load_data, read_image, read_json, replacing, write_json
 
 LABELS = {  # methods in the order of the paper's Table 1; a method that is not here goes by its own name
     "full": "full image", "random": "random box", "center": "center box", "zeroshot": "zero-shot policy",
@@ -96,20 +96,6 @@ class Ablation:
     seed: int
     args: dict      # arguments of train.py
     values: dict    # {measure: [Q]} of its `policy` rows
-
-
-def read_json(path, remedy):
-    """The object that a JSON file holds. FileNotFoundError or ValueError, each saying what makes the file anew."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing: {remedy}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
-            raise ValueError(f"{path} is not JSON ({error}): {remedy}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object: {remedy}")
-    return content
 
 
 def read_lines(path, needed=()):
