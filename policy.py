@@ -610,8 +610,8 @@ class Policy:
     model, processor, device as in transformers. `name` is what it was loaded from. `system_prompt` is a plain string.
 
     keep_prefix: set it to True for inference, and what all prompts begin with (`opening`: the system prompt, hundreds of
-    tokens) is read once and its keys and values are kept, instead of once a query. Methods of this class
-    that change the weights forget them; whoever changes weights in another way must leave it False, as training does.
+    tokens) is read once and its keys and values are kept, instead of once a query. Methods of this class that change
+    the weights forget them; whoever changes weights in another way must leave it False, as training does.
     """
 
     def __init__(self, model, processor, name, system_prompt):
@@ -1016,9 +1016,11 @@ class Policy:
     def _start(self, prompts):
         """A DynamicCache for rows of these prompts, and how many of their first tokens it holds: those of `opening` with
         `keep_prefix`, else none."""
-        cache, ids = DynamicCache(config=self.language_model.config), self.opening
-        # Prompts made under another system prompt begin in another way.
-        if not self.keep_prefix or not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):
+        cache = DynamicCache(config=self.language_model.config)
+        if not self.keep_prefix:
+            return cache, 0
+        ids = self.opening
+        if not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):  # made under another system prompt
             return cache, 0
         if self._prefix is None:
             self._prefix = self._read(ids)
