@@ -99,6 +99,9 @@ def parse_args(argv=None):
     models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
                         help="of the scorer's weights; default: as the data was prepared with --scorer-dtype, else "
                              "bfloat16 on CUDA, float32 elsewhere")
+    models.add_argument("--policy-dtype", choices=("float32", "bfloat16"),
+                        help="of the policy's weights; default: as the run was trained with --policy-dtype, else "
+                             "bfloat16 on CUDA, float32 elsewhere")
     models.add_argument("--decode", choices=("grammar", "free"),
                         help="grammar: only the decision and the digits are choices; free: any text, then parsed; "
                              "default: as the run was trained, else grammar")
@@ -836,8 +839,10 @@ def nearest_entities(index, kb_entity, queries, k):
     """
     k = min(k, len(np.unique(kb_entity)))
     depth = min(index.ntotal, k * int(np.bincount(kb_entity).max()))
-    if hasattr(index, "hnsw"):  # as wide as prepare.py searched it; the file holds faiss's narrow default
-        index.hnsw.efSearch = max(256, 2 * depth)
+    parts = [index.at(n) for n in range(index.count())] if isinstance(index, faiss.IndexShards) else [index]
+    for part in parts:
+        if hasattr(part, "hnsw"):  # as wide as prepare.py searched it; the file holds faiss's narrow default
+            part.hnsw.efSearch = max(256, 2 * depth)
     entities, cosines = np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32)
     for start in range(0, len(queries), 256):
         found, rows = index.search(normalise(queries[start:start + 256]), depth)  # [256, depth]
@@ -853,12 +858,29 @@ def nearest_entities(index, kb_entity, queries, k):
     return entities, cosines
 
 
+def index_files(folder):
+    """Paths of the index that prepare.py wrote, in the order of rows: index.faiss, or under torchrun one a process."""
+    return [entry.path for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+            if re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss", entry.name)]
+
+
+def open_index(folder):
+    """faiss index over the rows of kb_image.npy."""
+    parts = [faiss.read_index(path) for path in index_files(folder)]
+    if len(parts) == 1:
+        return parts[0]
+    index = faiss.IndexShards(parts[0].d, False, True)  # one after the other, numbered on from one part to the next
+    for part in parts:
+        index.add_shard(part)
+    return index
+
+
 def retrieval_stage(data, scorer, actions, batch_size, images):
     """Retrieve over the whole knowledge base with the full image and with the policy's view (Table 8, App. C).
 
     -> {"full" | "policy": (labels [Q, K], cosines [Q, K])} of the K = 20 nearest entities.
     """
-    index = faiss.read_index(os.path.join(data.folder, "index.faiss"))
+    index = open_index(data.folder)
     full = np.array(data.full[:len(data.queries)], np.float32)  # [Q, D]
     cropped = full.copy()
     for start in tqdm(range(0, len(full), batch_size), desc="retrieve", unit="batch", disable=None):
@@ -1561,8 +1583,8 @@ def describe(args, scorer, policy, settings):
 
 def check_retrieval(data):
     """FileNotFoundError or ValueError unless Table 8 can be made from this data folder."""
-    path = os.path.join(data.folder, "index.faiss")
-    if not os.path.isfile(path):
+    if not index_files(data.folder):
+        path = os.path.join(data.folder, "index.faiss")
         raise FileNotFoundError(f"{path} is missing, and --retrieval-stage searches it: leave that flag out, or run "
                                 "prepare.py again with --index flat, ivf or hnsw and none of --pool mined, --echosight "
                                 "and --candidate-image mean, which write no index")
@@ -1575,7 +1597,8 @@ def open_policy(name, config, args, trained):
     """The policy as it was trained: prompt and image size from the run's config, the adapter where it is needed."""
     settings = config.get("args", {})
     policy = load_policy(name, adapter=os.path.join(args.run, "adapter") if trained else None, device=args.device,
-                         max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config))
+                         max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config),
+                         dtype=args.policy_dtype or settings.get("policy_dtype"))
     policy.keep_prefix = True
     return policy
 
@@ -1597,7 +1620,8 @@ def open_progress(folder, data, args, about):
             with open(path, "rb") as file:
                 hashes[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()
     return Progress(os.path.join(folder, f"{args.split}.actions.part"), {
-        "pools": data.identity, "run": hashes, "decode": args.decode, "models": about["models"]})
+        "pools": data.identity, "run": hashes, "decode": args.decode, "models": about["models"],
+        "policy_dtype": args.policy_dtype})
 
 
 def from_rows(folder, split):

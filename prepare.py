@@ -802,7 +802,7 @@ class Lines:
 
 @dataclass
 class Workers:
-    """The processes that torchrun started: this one's rank of world. Rank 0 reads, retrieves and writes; all embed."""
+    """The processes that torchrun started: this one's rank of world. Rank 0 reads and writes; all embed and search."""
     rank: int = 0
     world: int = 1
 
@@ -810,16 +810,42 @@ class Workers:
         if self.world > 1:
             torch.distributed.barrier()
 
+    def broadcast(self, array=None):
+        """Rank 0's float32 or int64 [n, m], in every process."""
+        head = torch.zeros(3, dtype=torch.int64)
+        if self.rank == 0:
+            head[:] = torch.tensor([*array.shape, array.dtype == np.int64])
+        torch.distributed.broadcast(head, 0)
+        rows, columns, whole = head.tolist()
+        body = (torch.from_numpy(np.ascontiguousarray(array)) if self.rank == 0 else
+                torch.empty(rows, columns, dtype=torch.int64 if whole else torch.float32))
+        torch.distributed.broadcast(body, 0)
+        return body.numpy()
+
+    def gather(self, array):
+        """Arrays of one shape and dtype -> on rank 0 the list of all processes', elsewhere None."""
+        own = torch.from_numpy(np.ascontiguousarray(array))
+        parts = [torch.empty_like(own) for _ in range(self.world)] if self.rank == 0 else None
+        torch.distributed.gather(own, parts)
+        return parts and [part.numpy() for part in parts]
+
+    def share(self, kb_entity):
+        """(first, end) of the rows of the knowledge base that this process searches: about M / world, whole entities.
+        """
+        first, end = (len(kb_entity) * rank // self.world for rank in (self.rank, self.rank + 1))
+        return tuple(int(np.searchsorted(kb_entity, kb_entity[at])) if at < len(kb_entity) else at
+                     for at in (first, end))
+
 
 def join_workers():
     """Workers from torchrun's environment; outside of it, one."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        # gloo, as nothing but barriers is sent; and a week, as the others wait while rank 0 retrieves.
+        # gloo, as little is sent (queries and what was found); and a week, as the others wait while rank 0 reads.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        # torchrun gives each process one thread unless told otherwise; rank 0 searches alone, while the others wait.
-        if os.environ.get("RANK") == "0" and os.environ.get("OMP_NUM_THREADS") == "1":
-            faiss.omp_set_num_threads(os.cpu_count() or 1)
+        # torchrun gives each process one thread unless told otherwise; all of this machine search at the same time.
+        if os.environ.get("OMP_NUM_THREADS") == "1":
+            faiss.omp_set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     return Workers(int(os.environ.get("RANK", 0)), world)
 
 
@@ -1079,10 +1105,77 @@ def nearest(queries, block, depth):
     return (queries @ block.T).topk(depth, dim=1)  # [q, n] -> [q, depth]
 
 
+class Shared:
+    """A search of the knowledge base that the processes of torchrun share: each looks through rows of its own. Rank 0
+    asks and keeps the best of all, the others `serve` until it says `close`. One process just searches.
+
+    find(depth, *arrays [Q, .]) -> (values [Q, depth] descending, numbers [Q, depth]) of the process's own rows. The
+    best `depth` of all are among the best `depth` of each, so where each is exact, all are.
+    """
+
+    def __init__(self, find, workers, ntotal):
+        self.find, self.workers, self.ntotal = find, workers, ntotal
+
+    def ask(self, depth, *arrays):
+        """Rank 0: arrays float32 or int64 [Q, .] -> (values, numbers) [Q, depth] over all rows."""
+        if self.workers.world > 1:
+            self.workers.broadcast(np.array([[depth, len(arrays)]]))
+            for values in arrays:
+                self.workers.broadcast(values)
+        return self._best(depth, arrays)
+
+    def search(self, queries, depth):
+        """As an index of faiss has it: normalised float32 [Q, D] -> (cosines, rows) [Q, depth]."""
+        return self.ask(depth, queries)
+
+    def serve(self):
+        """The other ranks: answer until rank 0 closes."""
+        while True:
+            depth, count = self.workers.broadcast()[0].tolist()
+            if not depth:
+                return
+            self._best(depth, [self.workers.broadcast() for _ in range(count)])
+
+    def close(self):
+        """Rank 0: nothing more will be asked."""
+        if self.workers.world > 1:
+            self.workers.broadcast(np.zeros((1, 2), np.int64))
+
+    def _best(self, depth, arrays):
+        values, numbers = self.find(depth, *arrays)  # [Q, depth] each
+        if self.workers.world == 1:
+            return values, numbers
+        values, numbers = self.workers.gather(values), self.workers.gather(numbers)
+        if self.workers.rank:
+            return None
+        values, numbers = np.concatenate(values, 1), np.concatenate(numbers, 1)  # [Q, world depth]
+        order = np.argsort(-values, axis=1, kind="stable")[:, :depth]
+        return np.take_along_axis(values, order, 1), np.take_along_axis(numbers, order, 1)
+
+
+def find_in(index, first, depth, queries):
+    """Shared's find: an index of the rows from `first` on. -inf and -1 where it finds fewer than depth."""
+    values = np.full((len(queries), depth), -np.inf, np.float32)
+    numbers, own = np.full((len(queries), depth), -1), min(depth, index.ntotal)
+    if own:
+        values[:, :own], rows = search(index, queries, own)
+        numbers[:, :own] = np.where(rows < 0, -1, rows + first)
+    return values, numbers
+
+
+def search(index, queries, depth):
+    """index.search; of a graph, as widely as it takes to find so many."""
+    if hasattr(index, "hnsw"):
+        index.hnsw.efSearch = max(256, 2 * depth)
+    return index.search(queries, depth)
+
+
 def build_index(kb_image, kind="flat", probes=32):
     """faiss index of cosines: inner products of normalised image features [M, D]. flat is exact: no luck. ivf looks
     into the `probes` nearest of 4 sqrt(M) lists; hnsw walks a graph. Both find most of what flat finds, sooner."""
     m, d = kb_image.shape
+    if m == 0:  # the share of a process where there are more of them than entities
+        return faiss.IndexFlatIP(d)
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(d, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 128
@@ -1111,9 +1204,7 @@ def retrieve(index, kb_entity, queries, k, at_once=1 << 14):
         todo, depth = np.arange(start, min(start + at_once, len(queries))), min(index.ntotal, 4 * k)
         while len(todo):
             # Only the unfinished queries search again, four times deeper each time: most are done in the first round.
-            if hasattr(index, "hnsw"):
-                index.hnsw.efSearch = max(256, 2 * depth)  # the graph finds no more than this
-            cosines, rows = index.search(normalise(queries[todo]), depth)  # [Q', depth]
+            cosines, rows = search(index, normalise(queries[todo]), depth)  # [Q', depth]
             todo, depth = pick_entities(found, todo, cosines, rows, kb_entity, depth, index.ntotal), depth * 4
             depth = min(index.ntotal, depth)
     return found
@@ -1142,11 +1233,9 @@ def pick_entities(found, todo, cosines, rows, kb_entity, depth, total):
     return np.array(unfinished, np.int64)
 
 
-def index_recall(index, kb_image, kb_entity, queries, k, device):
-    """Share of the exact k entities of each query [Q, D] that an index finds, averaged."""
-    exact = retrieve(BlockSearch(kb_image, device), kb_entity, queries, k)[0]
-    near = retrieve(index, kb_entity, queries, k)[0]
-    return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), near.tolist(), strict=True)]))
+def recall(found, exact):
+    """Share of the exact entities [Q, k] that are among those found [Q, k], averaged over queries."""
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(exact.tolist(), found.tolist(), strict=True)]))
 
 
 def best_images(kb_image, kb_entity, queries, pools):
@@ -1162,37 +1251,48 @@ def best_images(kb_image, kb_entity, queries, pools):
     return rows, cosines
 
 
-def mine(kb_image, kb_entity, queries, positives, k, tolerance, device="cpu", block=1 << 15):
+def mine(kb, queries, positives, k, tolerance):
     """The release's pools: the positive and the k - 1 other entities whose best image is the nearest to it in cosine
     with the query, at most `tolerance` away. queries [Q, D], positives int [Q].
 
     -> (found as retrieve returns it, bool [Q]: there were that many). Exact, in one pass over the knowledge base.
     """
-    target = torch.from_numpy(best_images(kb_image, kb_entity, queries, positives[:, None])[1]).float().to(device)
-    query, gold = (torch.from_numpy(x).to(device) for x in (normalise(queries), positives))
-    gaps = torch.full((len(query), k - 1), float("inf"), device=device)
-    chosen = torch.full((len(query), k - 1), -1, dtype=torch.int64, device=device)
-    start = 0
-    while start < len(kb_entity):
+    target = best_images(kb.image, kb.entity, queries, positives[:, None])[1].astype(np.float32)  # [Q, 1]
+    near, chosen = kb.index.ask(k - 1, normalise(queries), target, positives[:, None])  # [Q, k - 1]
+    enough = (-near <= tolerance).all(1)
+    pools = np.concatenate([positives[:, None], np.maximum(chosen, 0)], 1)  # [Q, k]
+    rows, cosines = best_images(kb.image, kb.entity, queries, pools)
+    order = np.argsort(-cosines, axis=1, kind="stable")  # best first, as retrieval has it
+    pools, rows, cosines = (np.take_along_axis(x, order, 1) for x in (pools, rows, cosines))
+    return (pools, rows, cosines, np.zeros_like(rows)), enough
+
+
+def find_as_near(kb_image, kb_entity, device, depth, queries, target, positives, block=1 << 15):
+    """Shared's find for `mine`: in these rows the entities other than the positive [Q, 1] whose best cosine is nearest
+    to the positive's, target [Q, 1] -> (minus the gap [Q, depth], entity [Q, depth]). Of equal gaps the first entities:
+    an image that many share would else leave it to chance, to blocks and to processes whose names are in the pool."""
+    query, target, gold = (torch.from_numpy(x).to(device) for x in (queries, target, positives))
+    gaps = torch.full((len(query), depth), float("inf"), device=device)
+    chosen = torch.full((len(query), depth), -1, dtype=torch.int64, device=device)
+    first = 0
+    while first < len(kb_entity):
         # Whole entities a block; at the end of the array there is nothing to cut.
-        stop = int(np.searchsorted(kb_entity, kb_entity[min(start + block, len(kb_entity)) - 1], side="right"))
-        cosines = query @ torch.from_numpy(normalise(kb_image[start:stop])).to(device).T  # [Q, n]
-        owner = torch.from_numpy(kb_entity[start:stop].astype(np.int64)).to(device)
+        end = int(np.searchsorted(kb_entity, kb_entity[min(first + block, len(kb_entity)) - 1], side="right"))
+        cosines = query @ torch.from_numpy(normalise(kb_image[first:end])).to(device).T  # [Q, n]
+        owner = torch.from_numpy(kb_entity[first:end].astype(np.int64)).to(device)
         entities, local = owner.unique_consecutive(return_inverse=True)  # [e], [n]
         best = cosines.new_full((len(query), len(entities)), -2).scatter_reduce(
             1, local.expand(len(query), -1), cosines, "amax")  # [Q, e]
         gap = (best - target).abs()
-        gap[entities[None] == gold[:, None]] = float("inf")
-        gap = torch.cat([gaps, gap], 1)
-        names = torch.cat([chosen, entities.expand(len(query), -1)], 1)
-        gaps, order = gap.topk(k - 1, dim=1, largest=False)  # [Q, k - 1]
-        chosen, start = names.gather(1, order), stop
-    enough = (gaps <= tolerance).all(1).cpu().numpy()
-    pools = np.concatenate([positives[:, None], np.maximum(chosen.cpu().numpy(), 0)], 1)  # [Q, k]
-    rows, cosines = best_images(kb_image, kb_entity, queries, pools)
-    order = np.argsort(-cosines, axis=1, kind="stable")  # best first, as retrieval has it
-    pools, rows, cosines = (np.take_along_axis(x, order, 1) for x in (pools, rows, cosines))
-    return (pools, rows, cosines, np.zeros_like(rows)), enough
+        gap[entities[None] == gold] = float("inf")
+        gap = torch.cat([gaps, gap], 1)  # [Q, depth + e]
+        names = torch.cat([chosen, entities.expand(len(query), -1)], 1)  # ascending
+        last = gap.topk(depth, dim=1, largest=False).values[:, -1:]  # [Q, 1]
+        sure, equal = gap < last, gap == last
+        keep = sure | (equal & (equal.cumsum(1) <= depth - sure.sum(1, keepdim=True)))  # depth a query
+        gaps, chosen, first = gap[keep].view(-1, depth), names[keep].view(-1, depth), end
+    gaps, order = gaps.sort(dim=1, stable=True)
+    return -gaps.cpu().numpy(), chosen.gather(1, order).cpu().numpy()
 
 
 # -------------------------------------------------------------------------------------------------- EchoSight's index
@@ -1326,8 +1426,7 @@ def find_pools(args, split, kb, full, positives):
         parts = np.flatnonzero(usable)
         for start in range(0, len(parts), 1 << 10):  # times 32,768 images a block: 134 MB of cosines
             part = parts[start:start + (1 << 10)]
-            mined, usable[part] = mine(kb.image, kb.entity, full[part], positives[part], args.k,
-                                       args.similarity_tolerance, kb.device)
+            mined, usable[part] = mine(kb, full[part], positives[part], args.k, args.similarity_tolerance)
             for every, some in zip(found, mined, strict=True):
                 every[part] = some
         return found, usable
@@ -1374,7 +1473,7 @@ class KB:
     entity: np.ndarray           # int32 [M]
     known: dict                  # key of an entity that some row wants -> entity
     device: str
-    index: object = None         # with .ntotal and .search
+    index: Shared | None = None  # what --index or --pool mined asks for
     pools: dict | None = None    # EchoSight's: {split: found}
     unused: set = frozenset()    # EchoSight's: keys of entities that are there, but in no pool, so not embedded
     notes: dict = field(default_factory=dict)  # about the index, for the manifest
@@ -1465,31 +1564,54 @@ def echosight_pools(args, kb, echo, scan, entity_of, questions, queries):
         kb.pools[split] = (entities, best_images(kb.image, kb.entity, full, entities)[0], cosines, places)
 
 
-def has_index(args):
-    """Whether an index.faiss is written."""
+def index_files(args, world):
+    """Names of the index files that are written: one of all rows, or, under torchrun, one of each process's."""
     # Not with mean: average_images replaces the rows that the index was made of, so its numbers would name others.
-    return (args.pool == "retrieved" and args.index != "blocks" and not args.echosight
-            and args.candidate_image != "mean")
+    if args.pool == "mined" or args.index == "blocks" or args.echosight or args.candidate_image == "mean":
+        return []
+    return ["index.faiss"] if world == 1 else [f"index-{rank:05d}-of-{world:05d}.faiss" for rank in range(world)]
 
 
-def make_index(args, kb, queries):
-    """Build what --index asks for, write index.faiss, measure an approximate one. queries: [Q, D] to measure with."""
-    blocks, kb.notes = BlockSearch(kb.image, kb.device), {"kind": args.index}
-    if args.index == "blocks":
-        kb.index = blocks
+def make_index(args, kb, workers, queries):
+    """Set kb.index to what --pool and --index ask for, of this process's rows; write its file; measure an approximate
+    one. queries: [Q, D] to measure with, on rank 0."""
+    first, end = workers.share(kb.entity)
+    image, shared = kb.image[first:end], partial(Shared, workers=workers, ntotal=len(kb.image))
+    if args.pool == "mined":
+        kb.index = shared(partial(find_as_near, image, kb.entity[first:end], kb.device))
         return
-    index = build_index(kb.image, args.index, args.probes)
-    if has_index(args):
-        with replacing(os.path.join(args.out, "index.faiss")) as temporary:
+    blocks, kb.notes = shared(partial(find_in, BlockSearch(image, kb.device), first)), {"kind": args.index}
+    kb.index = blocks
+    if args.index == "blocks":
+        return
+    index = build_index(image, args.index, args.probes)
+    if files := index_files(args, workers.world):
+        kb.notes |= {} if workers.world == 1 else {"shards": workers.world}
+        with replacing(os.path.join(args.out, files[workers.rank])) as temporary:
             try:
                 faiss.write_index(index, temporary)
             except RuntimeError as error:  # faiss has no error of its own for a full disk
-                raise OSError(errno.ENOSPC, f"index.faiss cannot be written ({error})") from error
-    on_cuda = args.index == "flat" and torch.device(kb.device).type == "cuda"
-    kb.index = blocks if on_cuda else index  # faiss-cpu's flat index and the blocks find the same
+                raise OSError(errno.ENOSPC, f"{files[workers.rank]} cannot be written ({error})") from error
+    if args.index == "flat" and torch.device(kb.device).type == "cuda":
+        return  # faiss-cpu's flat index and the blocks find the same
+    kb.index = shared(partial(find_in, index, first))
     if args.index != "flat":
-        kb.notes.update(recall=round(index_recall(index, kb.image, kb.entity, queries, args.k, kb.device), 4),
-                        measured_on=len(queries))
+        measure_recall(args, kb, blocks, queries)
+
+
+def measure_recall(args, kb, exact, queries):
+    """What an approximate kb.index finds of the pools that an exact one makes, into kb.notes of rank 0."""
+    pools = []
+    for index in (exact, kb.index):
+        if index.workers.rank:
+            index.serve()
+        else:
+            pools.append(retrieve(index, kb.entity, queries, args.k)[0])  # [Q, k]
+            index.close()
+    if not pools:
+        return
+    wanted, found = pools
+    kb.notes.update(recall=round(recall(found, wanted), 4), measured_on=len(queries))
 
 
 def write_split(args, split, kb, questions, shards):
@@ -1522,7 +1644,7 @@ def expected_bytes(args, dim, scan, questions):
     images, texts = len(scan.image), len(scan.count)
     graph = 300 * images if args.index == "hnsw" else 0  # 32 to 64 neighbours of 4 bytes, and their bookkeeping
     return {"shards": 2 * dim * (scan.images + texts + rows), "kb_image.npy": 2 * dim * images,
-            "kb_text.npy": 2 * dim * texts, "index.faiss": 0 if not has_index(args) else 4 * dim * images + graph,
+            "kb_text.npy": 2 * dim * texts, "index.faiss": 4 * dim * images + graph if index_files(args, 1) else 0,
             "kb.jsonl": 2 * 800 * texts,  # and its copy in work; 500 characters of text and the image paths
             "queries": rows * (2 * dim + 1000)}
 
@@ -1538,7 +1660,7 @@ def check_disk(args, dim, scan, questions):
 
 
 def prepare(args):
-    """The whole stage; returns the manifest, or None in the processes of torchrun that only embed."""
+    """The whole stage; returns the manifest, or None in the processes of torchrun that only embed and search."""
     workers = join_workers()
     scorer = load_scorer(args.scorer, device_of(args, workers), args.scorer_dtype)
     scorer.batch_size = args.batch_size
@@ -1549,10 +1671,7 @@ def prepare(args):
     os.makedirs(work, exist_ok=True)
     if workers.rank == 0:
         lock = hold(work, "--out")  # noqa: F841 (let go of when this function ends)
-        # Before the first file changes: an old manifest must not vouch for new files, nor an old index lie beside them.
-        for name in ("manifest.json", *(() if has_index(args) else ("index.faiss",))):
-            if os.path.exists(os.path.join(args.out, name)):
-                os.remove(os.path.join(args.out, name))
+        clear(args, workers)
         questions, scan = read_all(args, work, *kb_drops)
         check_size(args, scan, len(scan.count), *kb_drops)  # now, and not after a day of embedding
         check_disk(args, scorer.dim, scan, questions)
@@ -1562,23 +1681,38 @@ def prepare(args):
         echo = search_echosight(args, scorer.dim, scan, questions, queries, kb_drops)
         scan = echo[-1]
     images, texts = embed(args, scorer, workers, "kb_image"), embed(args, scorer, workers, "kb")
-    if workers.rank:
-        return None
-    entity_of = write_kb(args, scan, images, texts, *kb_drops)
+    entity_of = None if workers.rank else write_kb(args, scan, images, texts, *kb_drops)
+    workers.barrier()  # the knowledge base is written
     kb = KB(np.load(os.path.join(args.out, "kb_image.npy"), mmap_mode="r"),
-            np.load(os.path.join(args.out, "kb_entity.npy")),
-            {key: int(entity_of[j]) for key, j in scan.known.items() if entity_of[j] >= 0}, str(scorer.device))
+            np.load(os.path.join(args.out, "kb_entity.npy")), {}, str(scorer.device))
+    if not args.echosight:
+        last = queries[args.splits[-1]]
+        make_index(args, kb, workers, last.take([i for i in range(last.count) if i not in last.bad][:256]))
+        workers.barrier()  # index files are written
+    if workers.rank:
+        if kb.index:  # EchoSight's is searched by rank 0 alone
+            kb.index.serve()
+        return None
+    kb.known = {key: int(entity_of[j]) for key, j in scan.known.items() if entity_of[j] >= 0}
     if echo:
         kb.unused = listed - scan.known.keys()
         echosight_pools(args, kb, echo, scan, entity_of, questions, queries)
-    elif args.pool == "retrieved":
-        last = queries[args.splits[-1]]
-        make_index(args, kb, last.take([i for i in range(last.count) if i not in last.bad][:256]))
     splits = {split: write_split(args, split, kb, questions[split], queries[split]) for split in args.splits}
-    return finish(args, scorer, scan, kb, splits, *kb_drops)
+    if kb.index:
+        kb.index.close()
+    return finish(args, workers, scorer, scan, kb, splits, *kb_drops)
 
 
-def finish(args, scorer, scan, kb, splits, entry_drops, image_drops):
+def clear(args, workers):
+    """Remove what must not lie there while files change: an old manifest would vouch for new ones, and index files of
+    another way, or of another number of processes, would lie beside them."""
+    kept = index_files(args, workers.world)
+    for name in os.listdir(args.out):
+        if name == "manifest.json" or (re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss", name) and name not in kept):
+            os.remove(os.path.join(args.out, name))
+
+
+def finish(args, workers, scorer, scan, kb, splits, entry_drops, image_drops):
     """Write the manifest, last of all: what a later stage would otherwise have to be told again, or would guess."""
     if args.candidate_image == "mean":
         average_images(args.out, kb.entity)
@@ -1590,7 +1724,7 @@ def finish(args, scorer, scan, kb, splits, entry_drops, image_drops):
                  "images_read": scan.images_read, "images": images, "images_dropped": dict(image_drops.counts),
                  "first_dropped": {**entry_drops.first, **image_drops.first}}
     names = ["kb.jsonl", "kb_image.npy", "kb_entity.npy", "kb_text.npy",
-             *(["index.faiss"] if has_index(args) else []),
+             *index_files(args, workers.world),
              *(name for split in args.splits for name in (f"{split}.jsonl", f"{split}_full.npy"))]
     manifest = {
         "version": POOL_VERSION, "dataset": args.dataset, "args": vars(args),

@@ -6,6 +6,7 @@ An image is one colour and its feature is that colour, so pools can be computed 
 """
 import csv
 import errno
+import functools
 import gzip
 import importlib.machinery
 import itertools
@@ -15,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
 import types
 from collections import namedtuple
@@ -27,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import evaluate
 import prepare as P
 import scorer as S
 
@@ -607,25 +610,43 @@ def test_disk_full(root, scorer, monkeypatch):
     assert scorer.images == 0 and len(calls) == 1
 
 
-def test_torchrun_equals_one_process(root, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--pool", "mined", "--num-candidates", "3", "--similarity-tolerance", "2"),
+                                  ("--index", "hnsw")])
+def test_torchrun_equals_one_process(root, tmp_path, more):
     """Two processes, as torchrun starts them, with the real scorer class against one process: the same files."""
     landmarks(root)
     config = S.EvaClipConfig(embed_dim=16, image_size=28, width=32, layers=1, head_width=16, mlp_ratio=2, context=16,
                              vocab=600, text_width=16, text_heads=2, text_layers=1)
     S.EvaClip(config).init_weights(1).save(tmp_path / "tiny")
-    flags = ("--scorer", str(tmp_path / "tiny"), "--shard-size", "5", "--device", "cpu")
+    flags = ("--scorer", str(tmp_path / "tiny"), "--shard-size", "5", "--device", "cpu", *more)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
     script = os.path.join(os.path.dirname(P.__file__), "prepare.py")
+    one = run(root, *flags, "--out", str(tmp_path / "one"))
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/index.faiss").write_bytes(b"of an earlier run by one process")
     both = [subprocess.Popen([sys.executable, script, *arguments(root, *flags)], env={**env, "RANK": str(rank)},
                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
     done = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], done
     assert "positive in pool" in done[0][0] and not done[1][0]  # printed once
     two = json.loads((tmp_path / "data/manifest.json").read_text())
-    assert two["files"] == run(root, *flags, "--out", str(tmp_path / "one"))["files"]
+    shards = {f"index-0000{rank}-of-00002.faiss" for rank in range(2)} if "index.faiss" in one["files"] else set()
+    assert {name for name in two["files"] if name.startswith("index")} == shards
+    assert {name for name in os.listdir(tmp_path / "data") if name.startswith("index")} == shards
+    one, two = ({name: value for name, value in manifest["files"].items() if not name.startswith("index")}
+                for manifest in (one, two))
+    assert two == one
+    if shards:
+        index = evaluate.open_index(str(tmp_path / "data"))
+        whole = evaluate.open_index(str(tmp_path / "one"))
+        query = S.normalise(np.load(tmp_path / "one/kb_image.npy"))
+        assert index.ntotal == whole.ntotal == len(query)
+        found = [each.search(query, 4) for each in (index, whole)]
+        np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-6)
+        assert (found[0][1] == found[1][1]).mean() > .9  # equal cosines may change places
 
 
 # ---------------------------------------------------------------------------------------------------------- retrieval
@@ -652,9 +673,10 @@ def test_approximate_index(root, scorer, kind):
     rng = np.random.default_rng(1)
     kb, owner = rng.normal(size=(3000, 16)).astype(np.float16), np.arange(3000) // 3
     queries = rng.normal(size=(50, 16)).astype(np.float16)
-    recalls = [P.index_recall(P.build_index(kb, "ivf", n), kb, owner, queries, 10, "cpu") for n in (2, 12, 76)]
+    exact = P.retrieve(P.BlockSearch(kb, "cpu"), owner, queries, 10)[0]
+    recalls = [P.recall(P.retrieve(P.build_index(kb, "ivf", n), owner, queries, 10)[0], exact) for n in (2, 12, 76)]
     assert recalls[0] < 0.7 < recalls[1] < 1 and recalls[2] == 1  # all 76 = 3000 // 39 lists: exact
-    assert P.index_recall(P.build_index(kb, "hnsw"), kb, owner, queries, 10, "cpu") > 0.9
+    assert P.recall(P.retrieve(P.build_index(kb, "hnsw"), owner, queries, 10)[0], exact) > 0.9
 
 
 def test_exact_without_an_index(root, scorer):
@@ -665,6 +687,93 @@ def test_exact_without_an_index(root, scorer):
     assert not os.path.exists(root.parent / "data/index.faiss") and "index.faiss" not in manifest["files"]
     assert manifest["index"] == {"kind": "blocks"} and set(first) - set(manifest["files"]) == {"index.faiss"}
     assert [query.pool for query in pools(root)] == [by_hand(colour(j, 5))[0] for j in range(ENTITIES)]
+
+
+class Together:
+    """Workers whose processes are threads: what is broadcast and gathered goes through lists."""
+
+    def __init__(self, rank, world, room):
+        self.rank, self.world, self.room = rank, world, room
+
+    def broadcast(self, array=None):
+        if self.rank == 0:
+            self.room["sent"] = np.array(array)
+        self.room["barrier"].wait()
+        got = self.room["sent"]
+        self.room["barrier"].wait()
+        return got
+
+    def gather(self, array):
+        self.room[self.rank] = array
+        self.room["barrier"].wait()
+        got = [self.room[rank] for rank in range(self.world)]
+        self.room["barrier"].wait()
+        return got if self.rank == 0 else None
+
+
+@pytest.mark.parametrize("kind", ["flat", "blocks", "ivf", "hnsw", "mined"])
+@pytest.mark.parametrize("world", [2, 5])
+def test_shared_search_equals_one(kind, world):
+    """The knowledge base split over processes finds what it finds whole, where the search is exact; entities of many
+    images and equal images (ties) lie across the cuts, and with 5 processes some have next to nothing."""
+    rng = np.random.default_rng(3)
+    owner = np.sort(np.r_[rng.integers(0, 60, 240), np.full(150, 17)]).astype(np.int32)
+    owner = np.unique(owner, return_inverse=True)[1].astype(np.int32)
+    kb = rng.normal(size=(len(owner), 6)).astype(np.float16)
+    kb[rng.permutation(len(kb))[:120]] = kb[0]  # an image that many entities have
+    queries, positives = np.r_[kb[:1], rng.normal(size=(30, 6)).astype(np.float16)], rng.integers(0, 50, 31)
+
+    def base(workers):
+        first, end = P.Workers.share(workers, owner)
+        find = (functools.partial(P.find_as_near, kb[first:end], owner[first:end], "cpu") if kind == "mined" else
+                functools.partial(P.find_in, P.BlockSearch(kb[first:end], "cpu", 50) if kind == "blocks" else
+                                  P.build_index(kb[first:end], kind), first))
+        return (first, end), P.KB(kb, owner, {}, "cpu", P.Shared(find, workers, len(kb)))
+
+    def pools(base):
+        if kind == "mined":
+            found, enough = P.mine(base, queries, positives, 5, .1)
+            return *found, enough
+        return P.retrieve(base.index, owner, queries, 10)
+
+    room = {"barrier": threading.Barrier(world, timeout=60)}
+    rows, bases = zip(*(base(Together(rank, world, room)) for rank in range(world)))
+    assert rows[0][0] == 0 and rows[-1][1] == len(kb) and all(a[1] == b[0] for a, b in itertools.pairwise(rows))
+    assert all(end in (0, len(kb)) or owner[end - 1] != owner[end] for _, end in rows)  # entities stay whole
+    others = [threading.Thread(target=each.index.serve) for each in bases[1:]]
+    for thread in others:
+        thread.start()
+    found = pools(bases[0])
+    bases[0].index.close()
+    for thread in others:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in others)
+    alone = pools(base(P.Workers())[1])
+    if kind in ("ivf", "hnsw"):
+        assert P.recall(found[0], alone[0]) > .8
+        return
+    assert (found[0] == alone[0]).all() and (found[1] == alone[1]).all()
+    np.testing.assert_allclose(found[2], alone[2], atol=1e-6)
+    assert (found[3] == alone[3]).all()
+
+
+def test_recall_of_a_shared_index(root, scorer, monkeypatch):
+    """measure_recall asks the exact search first; the other processes answer that until it closes, then the index until
+    it closes: what comes next is a barrier, where a process that still listens would wait for ever."""
+    landmarks(root)
+    calls = []
+    monkeypatch.setattr(P.Shared, "serve", lambda self: calls.append(self.find.args[0].__class__.__name__))
+    kb = P.KB(np.ones((8, 4), np.float16), np.arange(8, dtype=np.int32), {}, "cpu")
+    exact = P.Shared(functools.partial(P.find_in, P.BlockSearch(kb.image, "cpu"), 0), P.Workers(1, 2), 8)
+    kb.index = P.Shared(functools.partial(P.find_in, P.build_index(kb.image), 0), P.Workers(1, 2), 8)
+    P.measure_recall(None, kb, exact, None)
+    assert calls == ["BlockSearch", "IndexFlatIP"] and not kb.notes
+    monkeypatch.setattr(P, "retrieve", lambda index, *_: (np.array([[1, 2], [3, 4]])
+                                                          + (index is not exact),))  # of one's 2 both miss one
+    monkeypatch.setattr(P.Shared, "close", lambda self: calls.append(f"closed {self.find.args[0].__class__.__name__}"))
+    exact.workers = kb.index.workers = P.Workers(0, 2)
+    P.measure_recall(types.SimpleNamespace(k=2), kb, exact, np.zeros((2, 4)))
+    assert calls[2:] == ["closed BlockSearch", "closed IndexFlatIP"] and kb.notes == {"recall": .5, "measured_on": 2}
 
 
 def test_mined_pools(root, scorer):
@@ -697,7 +806,12 @@ def test_mine_in_blocks():
     rng = np.random.default_rng(2)
     kb, owner = rng.normal(size=(400, 5)).astype(np.float16), np.sort(rng.permutation(np.arange(400) % 90))
     queries, positives = rng.normal(size=(20, 5)).astype(np.float16), rng.integers(0, 90, 20)
-    whole, blocks = (P.mine(kb, owner, queries, positives, 5, 0.05, block=size) for size in (10_000, 33))
+    def mine(size):
+        find = functools.partial(P.find_as_near, kb, owner, "cpu", block=size)
+        base = P.KB(kb, owner, {}, "cpu", P.Shared(find, P.Workers(), len(kb)))
+        return P.mine(base, queries, positives, 5, 0.05)
+
+    whole, blocks = mine(10_000), mine(33)
     for a, b in zip(whole[0], blocks[0], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     assert (whole[1] == blocks[1]).all()

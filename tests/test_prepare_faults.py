@@ -131,15 +131,16 @@ def test_kb_image_name_not_utf8(world):
     assert S.load_data(str(world / "data"), "test").entity(1)["images"] == [path]
 
 
-def test_rank_0_searches_with_all_cores(monkeypatch):
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(P.torch.distributed, "init_process_group", lambda *a, **k: None)
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("OMP_NUM_THREADS", "1")):
+    monkeypatch.setattr(P.os, "cpu_count", lambda: 16)
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("RANK", "1"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         P.join_workers()
-        assert faiss.omp_get_max_threads() == os.cpu_count()
+        assert faiss.omp_get_max_threads() == 4
     finally:
         faiss.omp_set_num_threads(before)
 
