@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import prepare
+from scorer import EvaClip, EvaClipConfig
 from tools import scale
 
 
@@ -65,6 +66,29 @@ def test_scan_embeds_nothing(tmp_path, monkeypatch):
     found = scale.measure_scan(*(scale.make_root(str(tmp_path), entries, 500) for entries in (60, 50)))
     assert found["seconds"] > 0 and found["peak_mb"] > 0
     assert len(asked) == 2 and all("read_all" in work and "prepare.prepare(" not in work for work in asked)
+
+
+def test_made_scorer_is_read_as_a_published_one_is(tmp_path, monkeypatch):
+    config = EvaClipConfig(embed_dim=16, image_size=28, width=32, layers=2, head_width=16, mlp_ratio=2, context=16,
+                           vocab=600, text_width=16, text_heads=2, text_layers=1)
+    folder = scale.make_scorer(str(tmp_path), config)
+    model = EvaClip.load(folder)
+    assert model.config == config and not model.visual.blocks[0].norm1.weight.ne(1).any()
+    assert .01 < model.visual.blocks[1].mlp.fc1.weight.detach().std().item() < .03
+    before = os.path.getmtime(os.path.join(folder, "model-00001.safetensors"))
+    assert scale.make_scorer(str(tmp_path), config) == folder
+    assert os.path.getmtime(os.path.join(folder, "model-00001.safetensors")) == before  # made once
+
+
+def test_embedding_is_measured(tmp_path, capsys):
+    path = os.path.join(os.path.dirname(scale.__file__), "..", "mini", "scorer")
+    scale.main(["--folder", str(tmp_path), "--parts", "embed", "--scorer", path, "--batch", "3", "--dtype", "bfloat16",
+                "--out", str(tmp_path / "out.json")])
+    embed, text = json.loads((tmp_path / "out.json").read_text())["embed"], capsys.readouterr().out
+    visual = EvaClip.load(path, towers=("visual",))
+    assert embed["bytes"] == 2 * sum(p.numel() for p in visual.parameters()) and embed["dtype"] == "torch.bfloat16"
+    assert embed["load_seconds"] > 0 and embed["per_image"] > 0 and embed["per_text"] > 0
+    assert f"a million images take {embed['per_image'] * 1e6 / 3600:.0f} hours" in text
 
 
 @pytest.mark.parametrize("arguments, message", [(["--parts", "speed"], "expected a comma list out of stream, scan"),

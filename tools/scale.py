@@ -3,6 +3,7 @@
     python -m tools.scale --folder scratch                    # all of it: 8 GB of JSON and 2.6 GB of vectors to disk,
                                                               # 10 GB of memory, some 20 minutes on 2 cores
     python -m tools.scale --folder scratch --entries 100000 --vectors 50000      # a twentieth
+    python -m tools.scale --folder scratch --parts embed --dtype bfloat16        # 33 GB to disk, 19 GB of memory
 
 Measured, each in a process of its own, so that a peak is nobody else's:
 * stream: prepare.stream_json over the whole file, every entry as a dict, against the general JSON libraries that are
@@ -12,12 +13,16 @@ Measured, each in a process of its own, so that a peak is nobody else's:
 * scan: all that prepare.py reads before it embeds, so streaming, image look-up and texts, and its memory beyond that of
   50 entries;
 * search: exact top 20 of a batch of queries over all vectors, against the same product without looking at its result;
-* retrieval: pools of 20 out of `--entities` entities of 3 images, for Q queries, and from that InfoSeek's 71,335.
+* retrieval: pools of 20 out of `--entities` entities of 3 images, for Q queries, and from that InfoSeek's 71,335;
+* embed (only when asked for): load a scorer from disk and embed image files and texts as prepare.py does: seconds and
+  peak memory of loading, and the hours of a million images. Without `--scorer` it makes a random EVA-CLIP-8B of the
+  published size and dtype, in shards.
 
 The text is random words; entries have the fields, order and spacing of encyclopedic_kb_wiki.json. Simplified: random
 vectors, and images that exist by name only. Letters: M vectors, D numbers each, Q queries.
 """
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -27,12 +32,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from scorer import replacing, write_json
+from scorer import EvaClip, EvaClipConfig, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("stream", "scan", "search", "retrieval")
+PARTS = ("stream", "scan", "search", "retrieval", "embed")
 LIBRARIES = {  # package: how it finds the entries of a file, without building what is in them if it can; most bytes
     "msgspec": ("import msgspec; count = len(msgspec.json.decode(data, type=dict[str, msgspec.Raw]))", 20e9),
     "simdjson": ("import simdjson; count = sum(1 for _ in simdjson.Parser().parse(data).keys())", 4e9),
@@ -40,15 +47,18 @@ LIBRARIES = {  # package: how it finds the entries of a file, without building w
 }
 # The stages are run by a process and not imported: tools import leaves.
 MEASURE = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 path = sys.argv[1]
+def peak():  # bytes
+    if os.path.exists("/proc/self/status"):  # getrusage's begins with that of the process that started this one
+        with open("/proc/self/status") as file:
+            return 1024 * int(file.read().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 {setup}
 start, cpu = time.perf_counter(), time.process_time()
 {work}
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-peak /= 1 << 20 if sys.platform == "darwin" else 1 << 10
-print(json.dumps(dict(seconds=seconds, cpu_seconds=cpu, peak_mb=peak, count=count)))
+print(json.dumps(dict(seconds=seconds, cpu_seconds=cpu, peak_mb=peak() / 2**20, count=count)))
 """
 OURS = "count = sum(1 for _ in prepare.stream_json(path))"
 WHOLE = "with open(path, 'rb') as file:\n    data = file.read()\n"
@@ -89,12 +99,29 @@ for part in (queries[:len(queries) // 2], queries):
     prepare.retrieve(index, owner, part, 20)
     count.append(time.perf_counter() - begin)
 """
+EMBED = """
+import argparse
+import torch
+import prepare
+from scorer import load_scorer
+args, before = argparse.Namespace(root="", batch_size={batch}), peak()
+"""
+EMBED_WORK = """
+scorer = load_scorer(path, "{device}", {dtype!r})
+loaded, size = time.perf_counter() - start, sum(p.nbytes for p in scorer.model.parameters())
+most = peak() - before
+scorer.batch_size = args.batch_size
+per_image, per_text = prepare.trial(args, scorer, {images})
+count = dict(load_seconds=loaded, load_peak=most, bytes=size, per_image=per_image, per_text=per_text,
+             images={batch}, device=str(scorer.device), dtype=str(scorer.dtype), threads=torch.get_num_threads())
+"""
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="scratch", help="where the input is made, kept and used again")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma list out of {', '.join(PARTS)} (default all)")
+    parser.add_argument("--parts", default=",".join(PARTS[:-1]),
+                        help=f"comma list out of {', '.join(PARTS)} (default all but embed)")
     parser.add_argument("--entries", type=int, default=2_000_000, help="knowledge-base entries (default 2,000,000)")
     parser.add_argument("--entry-bytes", type=int, default=4000, help="bytes an entry, about (default 4000)")
     parser.add_argument("--vectors", type=int, default=1_000_000, help="M (default 1,000,000)")
@@ -103,12 +130,16 @@ def parse_args(argv=None):
     parser.add_argument("--entities", type=int, default=100_000,
                         help="for the retrieval of pools; at most a third of the vectors (default 100,000)")
     parser.add_argument("--repeat", type=int, default=3, help="turns of stream (default 3)")
+    parser.add_argument("--scorer", help="for embed: a folder or file (default: a random EVA-CLIP-8B, made there)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for embed")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="for embed (default: prepare.py's)")
+    parser.add_argument("--batch", type=int, default=8, help="for embed: images of a forward pass (default 8)")
     parser.add_argument("--out", help="also write the numbers to this .json")
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     if set(args.parts) - set(PARTS):
         parser.error(f"--parts: expected a comma list out of {', '.join(PARTS)}")
-    for name in ("entries", "entry_bytes", "vectors", "dim", "queries", "entities", "repeat"):
+    for name in ("entries", "entry_bytes", "vectors", "dim", "queries", "entities", "repeat", "batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     args.entities = min(args.entities, max(1, args.vectors // 3))
@@ -195,6 +226,44 @@ def make_vectors(folder, vectors, dim, block=1 << 14):
     return path
 
 
+def make_scorer(folder, config=EvaClipConfig()):
+    """Folder with random float32 weights of an EVA-CLIP (default: the 8B) in shards of some 2 GB, under the original
+    names. Never all in memory."""
+    folder = os.path.join(folder, f"eva-{config.width}-{config.layers}")
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.isfile(index):  # written last
+        return folder
+    os.makedirs(folder, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in EvaClip(config).state_dict().items()}
+    torch.manual_seed(0)
+    files, shard, size = {}, {}, 0
+    for name, shape in shapes.items():
+        shard[name] = torch.randn(shape) * 0.02 if len(shape) > 1 else torch.full(shape, float(name.endswith("weight")))
+        size += shard[name].nbytes
+        if size > 2e9 or name == list(shapes)[-1]:
+            file = f"model-{len(set(files.values())) + 1:05d}.safetensors"
+            with replacing(os.path.join(folder, file)) as temporary:
+                save_file(shard, temporary)
+            files |= dict.fromkeys(shard, file)
+            shard, size = {}, 0
+    write_json(os.path.join(folder, "config.json"), {"model_type": "eva_clip", "config": dataclasses.asdict(config)})
+    write_json(index, {"weight_map": files})
+    return folder
+
+
+def make_images(folder, count, width=640, height=480):
+    """Paths of JPEG files of the size that photographs on Wikipedia have."""
+    paths, rng = [], np.random.default_rng(0)
+    os.makedirs(folder, exist_ok=True)
+    for n in range(count):
+        paths.append(os.path.abspath(os.path.join(folder, f"{n}.jpg")))
+        if not os.path.isfile(paths[-1]):
+            coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+            coarse.resize((width, height)).save(paths[-1], quality=90)
+    return paths
+
+
 # --------------------------------------------------------------------------------------------------------- measuring
 
 def run(command):
@@ -255,6 +324,12 @@ def measure_retrieval(path, entities, queries):
     return {"entities": entities, "queries": queries, "seconds": whole, "hours_for_71335": rate * 71335 / 3600}
 
 
+def measure_embed(scorer, images, args):
+    """Seconds and bytes of loading a scorer, seconds an image file and a text."""
+    return measure(scorer, EMBED.format(batch=len(images)),
+                   EMBED_WORK.format(batch=len(images), images=images, device=args.device, dtype=args.dtype))["count"]
+
+
 def report(result):
     """The numbers as text."""
     lines = []
@@ -274,6 +349,12 @@ def report(result):
     if retrieval := result.get("retrieval"):
         lines.append(f"retrieval: {retrieval['queries']} pools out of {retrieval['entities']} entities in "
                      f"{retrieval['seconds']:.1f} s; 71,335 pools in {retrieval['hours_for_71335']:.2f} hours")
+    if embed := result.get("embed"):
+        lines += [f"embed: image tower of {embed['bytes'] / 1e9:.2f} GB ({embed['dtype']}) loaded in "
+                  f"{embed['load_seconds']:.0f} s with a peak of {embed['load_peak'] / embed['bytes']:.2f} x that",
+                  f"  {embed['device']}, {embed['threads']} threads, {embed['images']} at once: "
+                  f"{embed['per_image']:.3f} s an image, {embed['per_text']:.3f} s a text; a million images take "
+                  f"{embed['per_image'] * 1e6 / 3600:.0f} hours"]
     return "\n".join(lines)
 
 
@@ -291,6 +372,9 @@ def main(argv=None):
             result["search"] = measure_search(path, args.queries)
         if "retrieval" in args.parts:
             result["retrieval"] = measure_retrieval(path, args.entities, args.queries)
+    if "embed" in args.parts:
+        images = make_images(os.path.join(args.folder, "images"), args.batch)
+        result["embed"] = measure_embed(args.scorer or make_scorer(args.folder), images, args)
     print(report(result))
     if args.out:
         write_json(args.out, {"args": vars(args), **result})
