@@ -1218,7 +1218,8 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
     """Load a policy -> Policy in eval mode, base weights frozen.
 
     name: a folder with a Qwen2.5-VL checkpoint (mini/policy is one) or a Hugging Face id (Qwen/Qwen2.5-VL-3B-Instruct).
-    adapter: folder of a LoRA adapter in peft's format. dtype: default bfloat16 on CUDA, float32 elsewhere.
+    adapter: folder of a LoRA adapter in peft's format. dtype: a torch.dtype or its name; default bfloat16 on CUDA,
+    float32 elsewhere.
     max_pixels: area in pixels that an image is scaled down to; default the checkpoint's own, at most 1,280 * 28 * 28
     (the published 12.8 million is 16,384 tokens an image). system_prompt: text; default the folder's system_prompt.txt
     if it has one, else SYSTEM_PROMPT (Table 10). attention: "sdpa" or "eager" (both take the block mask).
@@ -1227,6 +1228,7 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"attention must be 'sdpa' or 'eager', not {attention!r}: others take no block mask")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     _check_name(name)
     # dtype belongs here: model.to(bfloat16) afterwards would also cast the rotary frequencies.
     model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -1308,7 +1310,7 @@ def main(argv=None):
     try:
         base = args.policy or adapter_base(args.adapter)
         prompt, pixels = trained_under(args)
-        policy = load_policy(base, args.adapter, dtype=getattr(torch, args.dtype), max_pixels=pixels,
+        policy = load_policy(base, args.adapter, dtype=args.dtype, max_pixels=pixels,
                              system_prompt=prompt)
         policy.save_merged(args.merge)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

@@ -89,6 +89,9 @@ def parse_args(argv=None):
     models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
                         help="of the scorer's weights; None = as the data was prepared with --scorer-dtype, else "
                              "bfloat16 on CUDA, float32 elsewhere")
+    models.add_argument("--policy-dtype", choices=("float32", "bfloat16"),
+                        help="of the policy's frozen weights and activations (LoRA's are float32); None = bfloat16 on "
+                             "CUDA, float32 elsewhere")
     models.add_argument("--init-adapter", metavar="FOLDER",
                         help="LoRA in peft's format to start from; the KL term still compares with the bare policy")
     models.add_argument("--system-prompt", metavar="FILE",
@@ -1008,7 +1011,7 @@ def open_policy(args):
     # On a CPU the fused attention kernel's backward is slower than plain matrix products; on CUDA it is far faster.
     attention = "eager" if torch.device(args.device).type == "cpu" else "sdpa"
     policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=read_prompt(args),
-                         attention=attention)
+                         attention=attention, dtype=args.policy_dtype)
     policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
     if args.init_adapter and not (args.resume and (Path(args.run) / "state.pt").exists()):  # which has later weights
         try:

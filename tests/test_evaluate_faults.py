@@ -122,6 +122,18 @@ def test_scorer_dtype_of_the_data_is_the_default(world, tmp_path, monkeypatch):
     assert asked == ["float32"]
 
 
+def test_policy_dtype_of_the_run_is_the_default(world, tmp_path, monkeypatch):
+    arguments, loaded = world
+    asked, policy = [], evaluate.load_policy("scripted")
+    monkeypatch.setattr(evaluate, "load_policy", lambda name, **more: asked.append(more["dtype"]) or policy)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "args": {**config.get("args", {}), "policy_dtype": "bfloat16"}}))
+    run_main(arguments, "--methods", "full,policy")
+    run_main(arguments, "--methods", "full,policy", "--policy-dtype", "float32")  # other answers: decoded anew
+    assert asked == ["bfloat16", "float32"]
+
+
 @pytest.mark.parametrize("flags", [["--threshold", ".3"], ["--limit", "2"], ["--seed", "1"]])
 def test_from_rows_refuses_what_it_would_ignore(flags):
     with pytest.raises(SystemExit):

@@ -336,7 +336,7 @@ def test_query_of_the_data(world, capsys, fakes):
     assert [(row["name"], row["rank"], row["rank_before"]) for row in found["candidates"]] == [
         (ENTITIES[1], 1, 2), (ENTITIES[0], 2, 1), (ENTITIES[2], 3, 3)]
     assert fakes.loaded == [("scripted", {"adapter": str(world / "run" / "adapter"), "device": "cpu",
-                                          "max_pixels": None, "system_prompt": None})]
+                                          "max_pixels": None, "system_prompt": None, "dtype": None})]
 
 
 def test_table(world, capsys):

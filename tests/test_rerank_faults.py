@@ -66,6 +66,15 @@ def test_scorer_dtype_of_the_data_is_the_default(world, capsys, monkeypatch):
     assert asked == [None, "bfloat16", "bfloat16", "float16", None]
 
 
+def test_policy_dtype_of_the_run_is_the_default(world, capsys, fakes):
+    path = world / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "args": {**config["args"], "policy_dtype": "bfloat16"}}))
+    run(world, capsys, "--query", "q 0")
+    run(world, capsys, "--query", "q 0", "--policy-dtype", "float32")
+    assert [more["dtype"] for _, more in fakes.loaded[-2:]] == ["bfloat16", "float32"]
+
+
 def test_batch_refuses_another_scorer_dtype(world, capsys):
     arguments = write_batch(world)
     run(world, capsys, *arguments)

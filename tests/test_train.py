@@ -572,6 +572,18 @@ def test_checkpointing_changes_memory_and_nothing_else(home, data, settings, dro
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+def test_policy_in_bfloat16(home, tmp_path):
+    """Frozen weights in bfloat16, LoRA in float32; such a run trains, and evaluate.py reads its dtype in config.json."""
+    arguments = flags(home, tmp_path / "run", "--policy-dtype", "bfloat16", "--dropout", "0")
+    policy = train.open_policy(train.parse_args(arguments))
+    assert policy.model.dtype == torch.bfloat16 and {p.dtype for p in policy.lora_parameters()} == {torch.float32}
+    train.main(arguments)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 4 and all(math.isfinite(line["loss"]) and line["logp_gap"] < .1 for line in log)
+    assert any(line["grad_norm"] > 0 for line in log)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["policy_dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("targets, dropout", [("language", 0.0), ("all", 0.0), ("language", 0.3), ("all", 0.3)])
 @pytest.mark.parametrize("checkpointing", [False, True])

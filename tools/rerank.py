@@ -86,6 +86,9 @@ def parse_args(argv=None):
     models.add_argument("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
                         help="of the scorer's weights; default: as the data was prepared with --scorer-dtype, else "
                              "bfloat16 on CUDA, float32 elsewhere")
+    models.add_argument("--policy-dtype", choices=("float32", "bfloat16"),
+                        help="of the policy's weights; default: as the run was trained with --policy-dtype, else "
+                             "bfloat16 on CUDA, float32 elsewhere")
     models.add_argument("--data", help="folder of prepare.py; default: the run's")
     models.add_argument("--split", default="test", help="split of --data that --query and the page's examples come "
                                                         "from: train, val or test")
@@ -495,15 +498,16 @@ def open_models(args):
     prompt = config.get("system_prompt")
     if "system_prompt" not in config and settings.get("system_prompt"):  # a run of before its config held the text
         prompt = Path(settings["system_prompt"]).read_text(encoding="utf-8")  # as it was trained: not stripped
+    policy_dtype = args.policy_dtype or settings.get("policy_dtype")
     policy = load_policy(policy_name, adapter=adapter, device=args.device, max_pixels=settings.get("max_pixels"),
-                         system_prompt=prompt)
+                         system_prompt=prompt, dtype=policy_dtype)
     policy.keep_prefix = True
     same = {"policy": policy_name, "adapter": adapter, "scorer": scorer.identity, "decode": decode,
             "threshold": args.threshold, "k": args.k, "data": data,
             # By content, too: trained or prepared again, the same folder gives other answers.
             "adapter weights": digest(adapter, "adapter_model.safetensors"),
             "data files": digest(data, "manifest.json"), "system prompt": prompt,
-            "max_pixels": settings.get("max_pixels"), "scorer_dtype": dtype}
+            "max_pixels": settings.get("max_pixels"), "scorer_dtype": dtype, "policy_dtype": policy_dtype}
     return Models(policy, scorer, Pools(scorer, open_data, args.k), decode, args.threshold, same)
 
 
