@@ -839,7 +839,9 @@ def nearest_entities(index, kb_entity, queries, k):
     """
     k = min(k, len(np.unique(kb_entity)))
     depth = min(index.ntotal, k * int(np.bincount(kb_entity).max()))
-    parts = [index.at(n) for n in range(index.count())] if isinstance(index, faiss.IndexShards) else [index]
+    # at() gives a plain Index, which has no .hnsw whatever it is.
+    parts = ([faiss.downcast_index(index.at(n)) for n in range(index.count())]
+             if isinstance(index, faiss.IndexShards) else [index])
     for part in parts:
         if hasattr(part, "hnsw"):  # as wide as prepare.py searched it; the file holds faiss's narrow default
             part.hnsw.efSearch = max(256, 2 * depth)
@@ -859,9 +861,11 @@ def nearest_entities(index, kb_entity, queries, k):
 
 
 def index_files(folder):
-    """Paths of the index that prepare.py wrote, in the order of rows: index.faiss, or under torchrun one a process."""
-    return [entry.path for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-            if re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss", entry.name)]
+    """Paths of the index that prepare.py wrote, in the order of rows: index.faiss, or under torchrun one a process. As
+    the manifest has it: a folder copied over another may hold files of both."""
+    files = read_json(os.path.join(folder, "manifest.json"), "run prepare.py")["files"]
+    return [os.path.join(folder, name) for name in sorted(files)
+            if re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss", name)]
 
 
 def open_index(folder):
@@ -1571,6 +1575,7 @@ def open_runs(data, run_files):
 def describe(args, scorer, policy, settings):
     """What metrics.json says of the run beside its numbers. settings: the training run's arguments."""
     about = {"data": args.data, "run": args.run, "split": args.split, "scorer": scorer.identity,
+             "policy_dtype": args.policy_dtype or settings.get("policy_dtype"),
              "decode": args.decode, "threshold": args.threshold, "seed": args.seed,
              "seeds": {"evaluation": args.seed, "training": settings.get("seed")},
              "center_fraction": args.center_fraction, "models": {"policy": policy, "zeroshot2": args.zeroshot_policy}}
@@ -1621,7 +1626,8 @@ def open_progress(folder, data, args, about):
                 hashes[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()
     return Progress(os.path.join(folder, f"{args.split}.actions.part"), {
         "pools": data.identity, "run": hashes, "decode": args.decode, "models": about["models"],
-        "policy_dtype": args.policy_dtype})
+        # Where none was asked for the key is that of before the flag, whose answers are still good.
+        **({"policy_dtype": about["policy_dtype"]} if about["policy_dtype"] else {})})
 
 
 def from_rows(folder, split):

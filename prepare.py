@@ -21,8 +21,8 @@ image, ...) is dropped, counted under its reason, and shown; read = kept + dropp
 written last, so a run that was killed leaves nothing that looks finished; features are kept in OUT.work in shards, so
 the next run, of the same or of another setting, embeds only what is not there yet.
 
-Simplified: retrieval runs in one process (with several, the others embed and wait); InfoSeek, which has no third split,
-gets its val from the train rows of one entity in a hundred.
+Simplified: with several processes, process 0 alone reads, searches EchoSight's index and writes; InfoSeek, which has no
+third split, gets its val from the train rows of one entity in a hundred.
 """
 import argparse
 import csv
@@ -67,6 +67,7 @@ CHUNK = 1 << 18        # bytes of JSON parsed at once; what fits the processor's
 SHARD_VERSION = 1      # of the files in OUT.work; raised when a feature would come out differently
 NO_IMAGE = "no image of the entry can be read"
 HELD_OUT = 100         # InfoSeek: one entity in so many goes to val
+EQUAL = 5e-7           # cosines closer than this are taken for equal: float32 products differ by as much
 
 
 def parse_args(argv=None):
@@ -1145,12 +1146,15 @@ class Shared:
         values, numbers = self.find(depth, *arrays)  # [Q, depth] each
         if self.workers.world == 1:
             return values, numbers
-        values, numbers = self.workers.gather(values), self.workers.gather(numbers)
-        if self.workers.rank:
-            return None
-        values, numbers = np.concatenate(values, 1), np.concatenate(numbers, 1)  # [Q, world depth]
-        order = np.argsort(-values, axis=1, kind="stable")[:, :depth]
-        return np.take_along_axis(values, order, 1), np.take_along_axis(numbers, order, 1)
+        # Some queries at a time: an image that thousands share takes the search deep, and `world` times that is much.
+        for start in range(0, len(values), step := max(1, (1 << 22) // (self.workers.world * max(1, depth)))):
+            part = slice(start, start + step)
+            near, owners = self.workers.gather(values[part]), self.workers.gather(numbers[part])
+            if self.workers.rank == 0:
+                near, owners = np.concatenate(near, 1), np.concatenate(owners, 1)  # [step, world depth]
+                order = np.argsort(-near, axis=1, kind="stable")[:, :depth]
+                values[part], numbers[part] = (np.take_along_axis(x, order, 1) for x in (near, owners))
+        return None if self.workers.rank else (values, numbers)
 
 
 def find_in(index, first, depth, queries):
@@ -1214,15 +1218,19 @@ def pick_entities(found, todo, cosines, rows, kb_entity, depth, total):
     """Write the results of the queries `todo` that hold k entities into found; returns the other queries."""
     k, unfinished = found[0].shape[1], []
     for i, cosine, row in zip(todo, cosines, rows, strict=True):
-        order = np.lexsort((row, -cosine))  # faiss leaves the order of equal cosines open
-        order = order[row[order] >= 0]      # an approximate index fills up with -1
+        # faiss leaves the order of equal cosines open, and those of one image may differ in the last bits: its products
+        # depend on where in a block a row lies, so also on the number of processes.
+        order = np.flatnonzero(row >= 0)  # an approximate index fills up with -1
+        order = order[np.argsort(-cosine[order], kind="stable")]
+        best = cosine[order]
+        order = order[np.lexsort((row[order], np.cumsum(np.diff(-best, prepend=-best[:1]) > EQUAL)))]
         place = np.flatnonzero(kb_entity[row[order]] >= 0)  # counted among all images, also those of no entity
         order = order[place]
         entity = kb_entity[row[order]]
         first = np.sort(np.unique(entity, return_index=True)[1])[:k]  # best image of each entity, best entity first
         # An image that thousands of entities share (a map, a flag) ties with itself: unless the search saw all of them,
         # which ones it saw is chance, and differs between faiss, the blocks and CUDA.
-        if depth < total and (len(first) < k or cosine[order[first[-1]]] <= cosine.min()):
+        if depth < total and (len(first) < k or cosine[order[first[-1]]] <= cosine.min() + EQUAL):
             unfinished.append(i)
         elif len(first) < k:
             raise ValueError(f"the index holds {len(np.unique(kb_entity[kb_entity >= 0]))} entities, a pool needs {k} "
@@ -1665,7 +1673,7 @@ def prepare(args):
     scorer = load_scorer(args.scorer, device_of(args, workers), args.scorer_dtype)
     scorer.batch_size = args.batch_size
     if args.dry_run:
-        return dry_run(args, scorer)
+        return None if workers.rank else dry_run(args, scorer)
     work, kb_drops, scan, questions, echo = work_folder(args), (Drops(), Drops()), None, None, None
     os.makedirs(args.out, exist_ok=True)
     os.makedirs(work, exist_ok=True)
@@ -1705,10 +1713,11 @@ def prepare(args):
 
 def clear(args, workers):
     """Remove what must not lie there while files change: an old manifest would vouch for new ones, and index files of
-    another way, or of another number of processes, would lie beside them."""
+    another way, or of another number of processes, whole or cut short by a kill, would lie beside them."""
     kept = index_files(args, workers.world)
     for name in os.listdir(args.out):
-        if name == "manifest.json" or (re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss", name) and name not in kept):
+        index = re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss(\.tmp)?", name)
+        if name == "manifest.json" or (index and name not in kept):
             os.remove(os.path.join(args.out, name))
 
 

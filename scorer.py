@@ -1275,7 +1275,8 @@ class Data:
     .manifest dict, .queries list of Query, .full float16 [Q, D] full-image query features (memory-mapped, as are)
     .kb_image float16 [M, D], .kb_text float16 [E, D] (zeros = no text), all un-normalised; .kb_entity int32 [M].
     .identity names the pools: a hash over scorer, K and the hash of every file, so that a run can refuse others. It has
-    no paths in it: the same pools prepared in another folder are the same.
+    no paths in it, and no index: the same pools prepared in another folder, or by another number of processes, whose
+    index files differ, are the same.
     """
 
     def __init__(self, folder, split, manifest):
@@ -1287,7 +1288,8 @@ class Data:
             for name in (f"{split}_full", "kb_image", "kb_text", "kb_entity"))
         # The root is stored relative to this folder; joining with an absolute path gives that path.
         self.root = os.path.normpath(os.path.join(folder, manifest["root"]))
-        of_content = {key: manifest[key] for key in ("version", "scorer", "K", "files")}
+        of_content = {key: manifest[key] for key in ("version", "scorer", "K")}
+        of_content["files"] = {name: about for name, about in manifest["files"].items() if not name.endswith(".faiss")}
         self.identity = hashlib.sha256(json.dumps(of_content, sort_keys=True).encode()).hexdigest()[:12]
 
     def __len__(self):

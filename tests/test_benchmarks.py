@@ -639,6 +639,8 @@ def test_torchrun_equals_one_process(root, tmp_path, more):
     one, two = ({name: value for name, value in manifest["files"].items() if not name.startswith("index")}
                 for manifest in (one, two))
     assert two == one
+    data = [S.load_data(str(tmp_path / name), "test") for name in ("one", "data")]
+    assert data[0].identity == data[1].identity  # so a run on these pools takes those
     if shards:
         index = evaluate.open_index(str(tmp_path / "data"))
         whole = evaluate.open_index(str(tmp_path / "one"))
@@ -755,6 +757,72 @@ def test_shared_search_equals_one(kind, world):
     assert (found[0] == alone[0]).all() and (found[1] == alone[1]).all()
     np.testing.assert_allclose(found[2], alone[2], atol=1e-6)
     assert (found[3] == alone[3]).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "blocks"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_equal_images_in_long_vectors(kind, world):
+    """From some 1,000 numbers a vector on, products of one image differ in the last bits with its place in a block, so
+    equal cosines are not equal: pools must not show where the knowledge base was cut."""
+    rng = np.random.default_rng(0)
+    owner = np.unique(np.sort(rng.integers(0, 1000, 2000)), return_inverse=True)[1].astype(np.int32)
+    kb = rng.normal(size=(2000, 1280)).astype(np.float16)
+    kb[rng.permutation(2000)[:400]] = kb[0]
+    for _ in range(40):
+        same = rng.permutation(2000)[:3]
+        kb[same] = kb[same[0]]
+    queries = np.r_[kb[:1], kb[rng.integers(0, 2000, 199)] + .5 * rng.normal(size=(199, 1280)).astype(np.float16)]
+    parts = []
+    for rank in range(world):
+        first, end = P.Workers(rank, world).share(owner)
+        parts.append(functools.partial(P.find_in, P.BlockSearch(kb[first:end], "cpu") if kind == "blocks" else
+                                       P.build_index(kb[first:end]), first))
+    asked = []  # each process's values and numbers are gathered in turn, some rows at a time
+
+    class Room(P.Workers):
+        def broadcast(self, array=None):
+            asked.append(array)
+
+        def gather(self, array):
+            if array.dtype == np.float32:
+                self.found = [part(int(asked[-2][0, 0]), asked[-1]) for part in parts]
+                assert len(array) == len(asked[-1])
+            return [each[0 if array.dtype == np.float32 else 1] for each in self.found]
+
+    shared = P.Shared(parts[0], Room(0, world), len(kb))
+    alone = P.Shared(functools.partial(P.find_in, P.build_index(kb), 0), P.Workers(), len(kb))
+    for a, b in zip(P.retrieve(shared, owner, queries, 20)[:2], P.retrieve(alone, owner, queries, 20)[:2]):
+        assert (a == b).all()
+
+
+def test_a_deep_shared_search_takes_little_memory():
+    """Answers of all processes are merged some queries at a time: all at once took 16 times one process's answer."""
+    values, numbers = -np.arange(4000, dtype=np.float32)[None].repeat(1000, 0), np.zeros((1000, 4000), np.int64)
+    workers = P.Workers(0, 8)
+    workers.broadcast, workers.gather = lambda array: None, lambda array: [array.copy() for _ in range(8)]
+    tracemalloc.start()
+    try:
+        best = P.Shared(lambda depth, *_: (values.copy(), numbers), workers, 1).ask(4000)[0]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (best == -(np.arange(4000) // 8)).all() and peak < 4 * (values.nbytes + numbers.nbytes)
+
+
+def test_index_files_of_other_runs_go(tmp_path):
+    args = P.parse_args(["--out", str(tmp_path)])
+    names = ["index.faiss", "index.faiss.tmp", "index-00001-of-00008.faiss", "index-00001-of-00008.faiss.tmp",
+             "index-00000-of-00002.faiss", "kb.jsonl", "manifest.json", "my-index.faiss"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    P.clear(args, P.Workers(0, 2))
+    assert sorted(os.listdir(tmp_path)) == ["index-00000-of-00002.faiss", "kb.jsonl", "my-index.faiss"]
+
+
+def test_a_dry_run_of_several_processes_is_one(root, scorer, monkeypatch):
+    landmarks(root)
+    monkeypatch.setattr(P, "join_workers", lambda: P.Workers(1, 2))
+    assert P.prepare(P.parse_args(arguments(root, "--dry-run"))) is None
 
 
 def test_recall_of_a_shared_index(root, scorer, monkeypatch):

@@ -32,9 +32,11 @@ def test_what_is_not_known_is_not_claimed():
 
 def test_prompt_and_image_size_of_the_run_are_told():
     """An adapter is of use under the words it was trained under, and its own two files do not hold them."""
-    config = {**CONFIG, "args": {**CONFIG["args"], "max_pixels": 7056}, "system_prompt": "Crop?\n```\nOr not.\n"}
+    args = {**CONFIG["args"], "max_pixels": 7056, "policy_dtype": "bfloat16"}
+    config = {**CONFIG, "args": args, "system_prompt": "Crop?\n```\nOr not.\n"}
     text = card.card(config, {}, {}, "mit")
-    assert 'adapter="THIS FOLDER", max_pixels=7056, system_prompt=PROMPT)' in text
+    assert 'adapter="THIS FOLDER", max_pixels=7056, dtype="bfloat16", system_prompt=PROMPT)' in text
+    assert '| policy_dtype | `"bfloat16"` |' in text
     assert "to the letter:\n\n    Crop?\n    ```\n    Or not.\n" in text
     plain = card.card(CONFIG, {}, {}, "mit")
     assert 'adapter="THIS FOLDER")' in plain and "Use the prompt of the training run.\n" in plain

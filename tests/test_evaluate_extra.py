@@ -502,6 +502,9 @@ def with_index(folder):
     images = np.asarray(data.kb_image, np.float32)
     index.add(images / np.linalg.norm(images, axis=1, keepdims=True))
     faiss.write_index(index, str(folder / "index.faiss"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["index.faiss"] = {"bytes": (folder / "index.faiss").stat().st_size}
+    write_json(folder / "manifest.json", manifest)
 
 
 def test_retrieval_stage_by_hand(world, tmp_path, capsys):

@@ -129,9 +129,22 @@ def test_policy_dtype_of_the_run_is_the_default(world, tmp_path, monkeypatch):
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "args": {**config.get("args", {}), "policy_dtype": "bfloat16"}}))
-    run_main(arguments, "--methods", "full,policy")
-    run_main(arguments, "--methods", "full,policy", "--policy-dtype", "float32")  # other answers: decoded anew
+    first = run_main(arguments, "--methods", "full,policy")
+    other = run_main(arguments, "--methods", "full,policy", "--policy-dtype", "float32")
+    assert [result["policy_dtype"] for result in (first, other)] == ["bfloat16", "float32"]
     assert asked == ["bfloat16", "float32"]
+
+
+def test_answers_are_those_of_one_policy_dtype(world, tmp_path, monkeypatch):
+    """A file of answers of before the flag goes on; with another dtype it is begun anew."""
+    folder, about = tmp_path / "run" / "eval", {"models": {}, "policy_dtype": None}
+    folder.mkdir(exist_ok=True)
+    data = evaluate.load_data(world[0][1], "test")
+    args = evaluate.parse_args([*world[0], "--decode", "grammar"])
+    evaluate.open_progress(folder, data, args, about).add("learned forced", {0: 1})
+    assert "policy_dtype" not in (folder / "test.actions.part").read_text()
+    assert evaluate.open_progress(folder, data, args, about).get("learned forced", 0) == 1
+    assert evaluate.open_progress(folder, data, args, {**about, "policy_dtype": "bfloat16"}).values == {}
 
 
 @pytest.mark.parametrize("flags", [["--threshold", ".3"], ["--limit", "2"], ["--seed", "1"]])
@@ -290,6 +303,23 @@ def test_a_graph_index_is_searched_as_widely_as_prepare_searched_it():
     index = faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT)
     index.add(vectors)
     found = evaluate.nearest_entities(index, np.arange(4000), queries, 20)[0]
+    exact = np.argsort(-queries @ vectors.T, axis=1)[:, :20]
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found.tolist(), exact.tolist())]) > .95
+
+
+def test_so_are_the_shards_of_a_graph_index(tmp_path):
+    """And no file that the manifest does not name is among them: it is of another run, copied over."""
+    rng = np.random.default_rng(0)
+    vectors, queries = (normalise(rng.normal(size=(n, 32))) for n in (8000, 50))
+    names = [f"index-0000{n}-of-00002.faiss" for n in range(2)]
+    for name, part in zip([*names, "index.faiss"], [vectors[:4000], vectors[4000:], vectors]):
+        index = faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT)
+        index.add(part)
+        faiss.write_index(index, str(tmp_path / name))
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"kb.jsonl": {}, **{name: {} for name in names}}}))
+    index = evaluate.open_index(str(tmp_path))
+    assert index.ntotal == 8000
+    found = evaluate.nearest_entities(index, np.arange(8000), queries, 20)[0]
     exact = np.argsort(-queries @ vectors.T, axis=1)[:, :20]
     assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found.tolist(), exact.tolist())]) > .95
 

@@ -16,10 +16,10 @@ from scorer import replacing
 ROWS = ("full", "random", "center", "zeroshot", "policy", "oracle")
 COLUMNS = ("MRR", "NDCG", "R@1", "R@5", "CondR@1", "CondR@5", "crop_rate")
 # Arguments that say how a run was trained; the rest is where and how fast.
-METHOD = ("system_prompt", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight", "std", "decode",
-          "temperature", "reward", "reward_weights", "eta", "encouragement", "encouragement_steps", "clip", "beta",
-          "norm", "rank", "alpha", "dropout", "targets", "queries", "group", "inner_steps", "steps", "epochs", "lr",
-          "warmup", "seed")
+METHOD = ("policy_dtype", "system_prompt", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight",
+          "std", "decode", "temperature", "reward", "reward_weights", "eta", "encouragement", "encouragement_steps",
+          "clip", "beta", "norm", "rank", "alpha", "dropout", "targets", "queries", "group", "inner_steps", "steps",
+          "epochs", "lr", "warmup", "seed")
 
 
 def parse_args(argv=None):
@@ -77,6 +77,8 @@ def use(config):
     and image size."""
     args, prompt = config["args"], config.get("system_prompt")
     more = f", max_pixels={args['max_pixels']}" if args.get("max_pixels") else ""
+    if args.get("policy_dtype"):
+        more += f", dtype={json.dumps(args['policy_dtype'])}"
     if prompt or args.get("system_prompt"):
         more += ", system_prompt=PROMPT"
     lines = [
