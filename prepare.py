@@ -838,15 +838,16 @@ class Workers:
                      for at in (first, end))
 
 
-def join_workers():
-    """Workers from torchrun's environment; outside of it, one."""
+def join_workers(alone=False):
+    """Workers from torchrun's environment; outside of it, one. alone: rank 0 searches by itself."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         # gloo, as little is sent (queries and what was found); and a week, as the others wait while rank 0 reads.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        # torchrun gives each process one thread unless told otherwise; all of this machine search at the same time.
+        # torchrun gives each process one thread unless told otherwise; those of a machine search at the same time.
         if os.environ.get("OMP_NUM_THREADS") == "1":
-            faiss.omp_set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+            together = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            faiss.omp_set_num_threads(max(1, (os.cpu_count() or 1) // together))
     return Workers(int(os.environ.get("RANK", 0)), world)
 
 
@@ -1669,7 +1670,7 @@ def check_disk(args, dim, scan, questions):
 
 def prepare(args):
     """The whole stage; returns the manifest, or None in the processes of torchrun that only embed and search."""
-    workers = join_workers()
+    workers = join_workers(alone=bool(args.echosight))
     scorer = load_scorer(args.scorer, device_of(args, workers), args.scorer_dtype)
     scorer.batch_size = args.batch_size
     if args.dry_run:

@@ -553,20 +553,9 @@ def _weight_files(path):
                             + (f"; name one of its files: {', '.join(others)}" if others else ""))
 
 
-def _read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:  # not JSON, or not text at all
-        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; fetch it again")
-    return content
-
-
 def _shards(index):
     """Names of the weight files that an index.json lists, sorted."""
-    files = _read_json(index).get("weight_map")
+    files = read_json(index, "fetch it again").get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: its 'weight_map' is no object of tensor: file; fetch it again")
     return sorted(set(files.values()))
@@ -576,7 +565,7 @@ def _model_config(checkpoint):
     """EvaClipConfig of a checkpoint: from the config.json beside it in any of three forms, else from the tensors."""
     file = os.path.join(os.path.dirname(checkpoint.files[0]), "config.json")
     given = os.path.isfile(file)
-    content = _read_json(file) if given else {}
+    content = read_json(file, "fetch it again") if given else {}
     own = content.get("model_type") == "eva_clip" and "config" in content  # as save() writes it
     for name in ("config",) if own else content.keys() & CONFIG_NAMES.keys():
         if not isinstance(content[name], dict):
@@ -1095,7 +1084,7 @@ def _open_clip_folder(name):
     file = os.path.join(folder, "open_clip_config.json")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file} is missing: an open_clip folder has it and the weights")
-    content = _read_json(file)
+    content = read_json(file, "fetch it again")
     # open_clip would take CLIP's statistics for a SigLIP whose config forgot its own.
     model, pixels = content.get("model_cfg"), content.get("preprocess_cfg")
     if not isinstance(model, dict) or not isinstance(pixels, dict) or {"mean", "std", "resize_mode"} - pixels.keys():

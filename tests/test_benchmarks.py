@@ -821,7 +821,7 @@ def test_index_files_of_other_runs_go(tmp_path):
 
 def test_a_dry_run_of_several_processes_is_one(root, scorer, monkeypatch):
     landmarks(root)
-    monkeypatch.setattr(P, "join_workers", lambda: P.Workers(1, 2))
+    monkeypatch.setattr(P, "join_workers", lambda alone: P.Workers(1, 2))
     assert P.prepare(P.parse_args(arguments(root, "--dry-run"))) is None
 
 

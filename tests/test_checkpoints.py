@@ -335,7 +335,7 @@ def test_missing_shards(broken):
     with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: no EVA-CLIP, it has no visual"):
         S.EvaClip.load(path / "model-00002-of-00003.safetensors")
     (path / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json: not JSON"):
+    with pytest.raises(ValueError, match="index.json is not JSON"):
         S.EvaClip.load(path)
 
 

@@ -131,7 +131,8 @@ def test_kb_image_name_not_utf8(world):
     assert S.load_data(str(world / "data"), "test").entity(1)["images"] == [path]
 
 
-def test_processes_of_a_machine_share_its_cores(monkeypatch):
+@pytest.mark.parametrize("alone, threads", [(False, 4), (True, 16)])
+def test_processes_of_a_machine_share_its_cores(monkeypatch, alone, threads):
     monkeypatch.setattr(P.torch.distributed, "init_process_group", lambda *a, **k: None)
     monkeypatch.setattr(P.os, "cpu_count", lambda: 16)
     for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("RANK", "1"), ("OMP_NUM_THREADS", "1")):
@@ -139,8 +140,8 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        P.join_workers()
-        assert faiss.omp_get_max_threads() == 4
+        P.join_workers(alone)
+        assert faiss.omp_get_max_threads() == threads
     finally:
         faiss.omp_set_num_threads(before)
 
