@@ -1260,6 +1260,18 @@ def best_images(kb_image, kb_entity, queries, pools):
     return rows, cosines
 
 
+def cosines_of(kb_image, queries, rows, at_once=256):
+    """Cosines of queries [Q, D] with images, rows [Q, K], in float64 [Q, K]. Those of a search differ in the last bits
+    with blocks, threads and processes, and so would pools that are otherwise the same."""
+    found = np.zeros(rows.shape)
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        images, query = (np.asarray(x, np.float64) for x in (kb_image[rows[part]], queries[part]))  # [q, K, D], [q, D]
+        lengths = np.sqrt(np.einsum("qkd,qkd->qk", images, images) * np.einsum("qd,qd->q", query, query)[:, None])
+        found[part] = np.einsum("qkd,qd->qk", images, query) / lengths
+    return found
+
+
 def mine(kb, queries, positives, k, tolerance):
     """The release's pools: the positive and the k - 1 other entities whose best image is the nearest to it in cosine
     with the query, at most `tolerance` away. queries [Q, D], positives int [Q].
@@ -1440,7 +1452,8 @@ def find_pools(args, split, kb, full, positives):
                 every[part] = some
         return found, usable
     if kb.pools is None:
-        return retrieve(kb.index, kb.entity, full, args.k), usable
+        entities, rows, _, places = retrieve(kb.index, kb.entity, full, args.k)
+        return (entities, rows, cosines_of(kb.image, full, rows), places), usable
     return kb.pools[split], usable
 
 

@@ -795,6 +795,17 @@ def test_equal_images_in_long_vectors(kind, world):
         assert (a == b).all()
 
 
+def test_stored_cosines_do_not_depend_on_the_search():
+    """Not on what else is searched in the same block, and they are those of a plain product in float64."""
+    rng = np.random.default_rng(4)
+    kb, queries = (rng.normal(size=(n, 300)).astype(np.float16) for n in (500, 40))
+    rows = rng.integers(0, 500, (40, 7))
+    found = P.cosines_of(kb, queries, rows, at_once=16)
+    assert (found[11:13] == P.cosines_of(kb, queries[11:13], rows[11:13])).all()
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (kb.astype(np.float64), queries.astype(np.float64))]
+    np.testing.assert_allclose(found, np.take_along_axis(unit[1] @ unit[0].T, rows, 1), atol=1e-12)
+
+
 def test_a_deep_shared_search_takes_little_memory():
     """Answers of all processes are merged some queries at a time: all at once took 16 times one process's answer."""
     values, numbers = -np.arange(4000, dtype=np.float32)[None].repeat(1000, 0), np.zeros((1000, 4000), np.int64)
