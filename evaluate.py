@@ -860,17 +860,9 @@ def nearest_entities(index, kb_entity, queries, k):
     return entities, cosines
 
 
-def index_files(folder):
-    """Paths of the index that prepare.py wrote, in the order of rows: index.faiss, or under torchrun one a process. As
-    the manifest has it: a folder copied over another may hold files of both."""
-    files = read_json(os.path.join(folder, "manifest.json"), "run prepare.py")["files"]
-    return [os.path.join(folder, name) for name in sorted(files)
-            if re.fullmatch(r"index(-\d{5}-of-\d{5})?\.faiss", name)]
-
-
-def open_index(folder):
-    """faiss index over the rows of kb_image.npy."""
-    parts = [faiss.read_index(path) for path in index_files(folder)]
+def open_index(files):
+    """faiss index over the rows of kb_image.npy. files: data.index_files."""
+    parts = [faiss.read_index(path) for path in files]
     if len(parts) == 1:
         return parts[0]
     index = faiss.IndexShards(parts[0].d, False, True)  # one after the other, numbered on from one part to the next
@@ -884,7 +876,7 @@ def retrieval_stage(data, scorer, actions, batch_size, images):
 
     -> {"full" | "policy": (labels [Q, K], cosines [Q, K])} of the K = 20 nearest entities.
     """
-    index = open_index(data.folder)
+    index = open_index(data.index_files)
     full = np.array(data.full[:len(data.queries)], np.float32)  # [Q, D]
     cropped = full.copy()
     for start in tqdm(range(0, len(full), batch_size), desc="retrieve", unit="batch", disable=None):
@@ -1541,6 +1533,7 @@ def open_all(args):
     config = open_run(args.run, data, methods)
     settings = config.get("args", {})
     args.decode = args.decode or settings.get("decode", "grammar")
+    args.policy_dtype = args.policy_dtype or settings.get("policy_dtype")
     if args.decode == "free" and (args.samples or args.threshold != 0.5):
         raise ValueError("--samples and --threshold need p(REGION | x), which only --decode grammar knows exactly")
     external, matches = open_runs(data, args.run_file)
@@ -1575,7 +1568,7 @@ def open_runs(data, run_files):
 def describe(args, scorer, policy, settings):
     """What metrics.json says of the run beside its numbers. settings: the training run's arguments."""
     about = {"data": args.data, "run": args.run, "split": args.split, "scorer": scorer.identity,
-             "policy_dtype": args.policy_dtype or settings.get("policy_dtype"),
+             "policy_dtype": args.policy_dtype,
              "decode": args.decode, "threshold": args.threshold, "seed": args.seed,
              "seeds": {"evaluation": args.seed, "training": settings.get("seed")},
              "center_fraction": args.center_fraction, "models": {"policy": policy, "zeroshot2": args.zeroshot_policy}}
@@ -1588,7 +1581,7 @@ def describe(args, scorer, policy, settings):
 
 def check_retrieval(data):
     """FileNotFoundError or ValueError unless Table 8 can be made from this data folder."""
-    if not index_files(data.folder):
+    if not data.index_files:
         path = os.path.join(data.folder, "index.faiss")
         raise FileNotFoundError(f"{path} is missing, and --retrieval-stage searches it: leave that flag out, or run "
                                 "prepare.py again with --index flat, ivf or hnsw and none of --pool mined, --echosight "
@@ -1603,7 +1596,7 @@ def open_policy(name, config, args, trained):
     settings = config.get("args", {})
     policy = load_policy(name, adapter=os.path.join(args.run, "adapter") if trained else None, device=args.device,
                          max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config),
-                         dtype=args.policy_dtype or settings.get("policy_dtype"))
+                         dtype=args.policy_dtype)
     policy.keep_prefix = True
     return policy
 

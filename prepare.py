@@ -1596,7 +1596,7 @@ def index_files(args, world):
 
 def make_index(args, kb, workers, queries):
     """Set kb.index to what --pool and --index ask for, of this process's rows; write its file; measure an approximate
-    one. queries: [Q, D] to measure with, on rank 0."""
+    one. queries: Shards to measure with."""
     first, end = workers.share(kb.entity)
     image, shared = kb.image[first:end], partial(Shared, workers=workers, ntotal=len(kb.image))
     if args.pool == "mined":
@@ -1622,17 +1622,18 @@ def make_index(args, kb, workers, queries):
 
 
 def measure_recall(args, kb, exact, queries):
-    """What an approximate kb.index finds of the pools that an exact one makes, into kb.notes of rank 0."""
-    pools = []
-    for index in (exact, kb.index):
-        if index.workers.rank:
-            index.serve()
-        else:
-            pools.append(retrieve(index, kb.entity, queries, args.k)[0])  # [Q, k]
-            index.close()
-    if not pools:
+    """What an approximate kb.index finds of the pools that an exact one makes, into kb.notes of rank 0.
+
+    queries: Shards, of which the first 256 that can be read are asked."""
+    if kb.index.workers.rank:
+        exact.serve()
+        kb.index.serve()
         return
-    wanted, found = pools
+    queries = queries.take([i for i in range(queries.count) if i not in queries.bad][:256])
+    wanted = retrieve(exact, kb.entity, queries, args.k)[0]  # [Q, k]
+    exact.close()  # before the other is asked, or its queries would be answered by this one
+    found = retrieve(kb.index, kb.entity, queries, args.k)[0]
+    kb.index.close()
     kb.notes.update(recall=round(recall(found, wanted), 4), measured_on=len(queries))
 
 
@@ -1708,8 +1709,7 @@ def prepare(args):
     kb = KB(np.load(os.path.join(args.out, "kb_image.npy"), mmap_mode="r"),
             np.load(os.path.join(args.out, "kb_entity.npy")), {}, str(scorer.device))
     if not args.echosight:
-        last = queries[args.splits[-1]]
-        make_index(args, kb, workers, last.take([i for i in range(last.count) if i not in last.bad][:256]))
+        make_index(args, kb, workers, queries[args.splits[-1]])
         workers.barrier()  # index files are written
     if workers.rank:
         if kb.index:  # EchoSight's is searched by rank 0 alone

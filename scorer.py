@@ -1265,7 +1265,8 @@ class Data:
     .kb_image float16 [M, D], .kb_text float16 [E, D] (zeros = no text), all un-normalised; .kb_entity int32 [M].
     .identity names the pools: a hash over scorer, K and the hash of every file, so that a run can refuse others. It has
     no paths in it, and no index: the same pools prepared in another folder, or by another number of processes, whose
-    index files differ, are the same.
+    index files differ, are the same. .index_files: paths of the index in the order of rows, one or one a process; as
+    the manifest has them, for a folder copied over another may hold files of both.
     """
 
     def __init__(self, folder, split, manifest):
@@ -1277,8 +1278,10 @@ class Data:
             for name in (f"{split}_full", "kb_image", "kb_text", "kb_entity"))
         # The root is stored relative to this folder; joining with an absolute path gives that path.
         self.root = os.path.normpath(os.path.join(folder, manifest["root"]))
+        index = sorted(name for name in manifest["files"] if name.endswith(".faiss"))
+        self.index_files = [os.path.join(folder, name) for name in index]
         of_content = {key: manifest[key] for key in ("version", "scorer", "K")}
-        of_content["files"] = {name: about for name, about in manifest["files"].items() if not name.endswith(".faiss")}
+        of_content["files"] = {name: about for name, about in manifest["files"].items() if name not in index}
         self.identity = hashlib.sha256(json.dumps(of_content, sort_keys=True).encode()).hexdigest()[:12]
 
     def __len__(self):

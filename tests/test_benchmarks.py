@@ -639,11 +639,13 @@ def test_torchrun_equals_one_process(root, tmp_path, more):
     one, two = ({name: value for name, value in manifest["files"].items() if not name.startswith("index")}
                 for manifest in (one, two))
     assert two == one
+    # A file that the manifest does not name is of another run, copied over, and no part of this index.
+    (tmp_path / "data/index-00001-of-00003.faiss").write_bytes(b"of another folder")
     data = [S.load_data(str(tmp_path / name), "test") for name in ("one", "data")]
+    assert [os.path.basename(path) for path in data[1].index_files] == sorted(shards)
     assert data[0].identity == data[1].identity  # so a run on these pools takes those
     if shards:
-        index = evaluate.open_index(str(tmp_path / "data"))
-        whole = evaluate.open_index(str(tmp_path / "one"))
+        whole, index = (evaluate.open_index(each.index_files) for each in data)
         query = S.normalise(np.load(tmp_path / "one/kb_image.npy"))
         assert index.ntotal == whole.ntotal == len(query)
         found = [each.search(query, 4) for each in (index, whole)]
@@ -851,7 +853,8 @@ def test_recall_of_a_shared_index(root, scorer, monkeypatch):
                                                           + (index is not exact),))  # of one's 2 both miss one
     monkeypatch.setattr(P.Shared, "close", lambda self: calls.append(f"closed {self.find.args[0].__class__.__name__}"))
     exact.workers = kb.index.workers = P.Workers(0, 2)
-    P.measure_recall(types.SimpleNamespace(k=2), kb, exact, np.zeros((2, 4)))
+    P.measure_recall(types.SimpleNamespace(k=2), kb, exact, types.SimpleNamespace(
+        count=3, bad={1: "unreadable"}, take=lambda rows: np.zeros((len(rows), 4))))
     assert calls[2:] == ["closed BlockSearch", "closed IndexFlatIP"] and kb.notes == {"recall": .5, "measured_on": 2}
 
 

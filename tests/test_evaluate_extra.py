@@ -549,9 +549,9 @@ def test_retrieval_stage_refuses(world, tmp_path):
     arguments, _ = world
     with pytest.raises(SystemExit, match="index.faiss is missing, and --retrieval-stage"):
         evaluate.main([*arguments, "--retrieval-stage"])
+    with_index(tmp_path / "data")
     data = load_data(arguments[1], "test")
     data.queries[1] = replace(data.queries[1], positives=[])
-    with_index(tmp_path / "data")
     with pytest.raises(ValueError, match=r"test.jsonl:2: query 'q1' names no positives"):
         evaluate.check_retrieval(data)
 
