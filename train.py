@@ -803,7 +803,8 @@ def load_state(path, policy, optimizer):
             broken = archive.testzip()
         if broken:
             raise zipfile.BadZipFile(f"checksum of {broken}")
-        state = torch.load(path, map_location=policy.device, weights_only=True)
+        # To main memory, whatever the device was and is: Adam's step counts belong there, what else does not is moved.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for parameter, value in zip(policy.lora_parameters(), state["lora"], strict=True):
                 parameter.copy_(value)

@@ -430,7 +430,7 @@ def vision_tables(tower):
     g = VIEW // 28
     h = torch.arange(2 * g).view(g, 2, 1, 1).expand(g, 2, g, 2).permute(0, 2, 1, 3).reshape(-1)     # (144,)
     w = torch.arange(2 * g).view(1, 1, g, 2).expand(g, 2, g, 2).permute(0, 2, 1, 3).reshape(-1)     # (144,)
-    frequency = tower.rotary_pos_emb.inv_freq.float()
+    frequency = tower.rotary_pos_emb.inv_freq.float().cpu()     # as the positions are; who asks moves both tables
     angle = torch.cat([h[:, None] * frequency, w[:, None] * frequency], 1).repeat(1, 2)             # (144, d)
     return angle.cos(), angle.sin()
 

@@ -1,0 +1,282 @@
+"""Every stage on a pretended CUDA card (pretend_cuda.py): it runs there, and in float32 its results are the CPU's.
+
+The world, the shipped stand-ins and the command lines are those of `make data train eval`, at a tiny size.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import ADAPTER, forked, refused, untimed
+from torch.utils.checkpoint import checkpoint
+
+import evaluate
+import prepare
+import train
+from mini import pretrain, world
+from policy import load_policy
+from pretend_cuda import Card, pretend_cuda
+from scorer import load_data, load_scorer
+from tools import bench, rerank
+
+ROOT = Path(__file__).resolve().parent.parent
+EXACT = ("--policy-dtype", "float32", "--scorer-dtype", "float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def project_folder():
+    """Models are named as the Makefile names them, so that a data folder knows its scorer."""
+    before, threads = os.getcwd(), torch.get_num_threads()
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    yield
+    os.chdir(before)
+    torch.set_num_threads(threads)
+
+
+def prepared(raw, out, *more):
+    """prepare.py's folder, made in this process."""
+    prepare.main(["--dataset", "world", "--root", str(raw), "--scorer", "mini/scorer", "--out", str(out), *more])
+    return out
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """raw/ with a world of 48 entities and data/, prepared on the CPU; tests read them and change nothing."""
+    folder = tmp_path_factory.mktemp("cuda")
+    world.main(["--out", str(folder / "raw"), "--entities", "48", "--train", "12", "--val", "4", "--test", "8",
+                "--workers", "1"])
+    prepared(folder / "raw", folder / "data", "--device", "cpu")
+    return folder
+
+
+def flags(home, run, device, *more):
+    return ["--data", str(home / "data"), "--run", str(run), "--device", device, "--steps", "2", "--queries", "2",
+            "--micro", "1", "--save-every", "1", "--eval-every", "0", "--samples-every", "1", *more]
+
+
+# ---- the card itself: what it refuses --------------------------------------------------------------------------------
+
+
+def test_tensors_say_where_they_are():
+    with pretend_cuda(index=1) as card:
+        made = [torch.zeros(2, device="cuda"), torch.tensor([1., 2.], device="cuda:1"), torch.ones(2).to("cuda"),
+                torch.nn.Linear(2, 2).to("cuda").weight, torch.ones(2).to(torch.device("cuda"))]
+        assert all(x.is_cuda and x.device == torch.device("cuda", 1) and isinstance(x, card) for x in made)
+        assert not any(isinstance(x.cpu(), card) for x in made) and card.operations > 4
+        assert made[1].tolist() == [1, 2] and (made[1] + made[2]).cpu().tolist() == [2, 3]
+        with pytest.raises(RuntimeError, match="the card of another process"):
+            torch.zeros(2, device="cuda:0")
+    assert not torch.cuda.is_available() and Card.home.index == 0
+
+
+@pytest.mark.parametrize("fault", [
+    lambda here, there: here + there,
+    lambda here, there: there @ here,
+    lambda here, there: torch.cat([there, here]),
+    lambda here, there: torch.where(here > 0, there, there),
+    lambda here, there: here[there.long()],
+    lambda here, there: torch.nn.functional.linear(here, there),
+])
+def test_tensors_on_both_sides_are_refused(fault):
+    with pretend_cuda(), pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
+        fault(torch.ones(3, 3), torch.ones(3, 3, device="cuda"))
+
+
+def test_what_a_card_takes_from_main_memory():
+    with pretend_cuda():
+        there = torch.arange(6., device="cuda").view(2, 3)
+        assert (there * torch.tensor(2.)).tolist() == [[0, 2, 4], [6, 8, 10]]
+        assert there[[1, 0], [2, 0]].tolist() == there[torch.tensor([1, 0]), torch.tensor([2, 0])].tolist() == [5, 0]
+        there.copy_(torch.zeros(2, 3))
+        assert not there.cpu().any()
+        for leaves in (lambda: there.numpy(), lambda: np.asarray(there), lambda: np.stack([there])):
+            with pytest.raises(TypeError, match="to numpy. Use Tensor.cpu"):
+                leaves()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_gradients_are_the_cpus(again):
+    layer, x = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+
+    def gradient(layer, x):
+        def forward(x):
+            return layer(x, x, x, need_weights=False)[0] + torch.nn.functional.scaled_dot_product_attention(
+                x, x, x, is_causal=True)[:, [4, 0, 1, 2, 3]]
+        (checkpoint(forward, x, use_reentrant=False) if again else forward(x)).square().sum().backward()
+        return [p.grad.cpu().clone() for p in layer.parameters()]
+
+    wanted = gradient(layer, x)
+    layer.zero_grad()
+    with pretend_cuda():
+        found = gradient(layer.to("cuda"), x.to("cuda"))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("--index", "blocks"),
+                                  ("--pool", "mined", "--similarity-tolerance", "2", "--num-candidates", "4")])
+def test_prepare(home, tmp_path, more):
+    wanted = prepared(home / "raw", tmp_path / "cpu", "--device", "cpu", *more)
+    with pretend_cuda() as card:
+        found = prepared(home / "raw", tmp_path / "card", "--device", "cuda", "--scorer-dtype", "float32", *more)
+        assert card.operations > 500
+    for split in ("train", "val", "test"):
+        for ours, theirs in zip(*(load_data(str(folder), split).queries for folder in (found, wanted)), strict=True):
+            assert (ours.query_id, ours.pool, ours.pool_image) == (theirs.query_id, theirs.pool, theirs.pool_image)
+            assert ours.retrieval == pytest.approx(theirs.retrieval, abs=1e-4)
+    assert np.abs(np.load(found / "kb_image.npy") - np.load(wanted / "kb_image.npy")).max() < 2e-3
+
+
+def test_prepare_in_bfloat16_as_a_card_does(home, tmp_path):
+    with pretend_cuda():
+        found = prepared(home / "raw", tmp_path / "card", "--device", "cuda")
+        scorer = load_scorer("mini/scorer", "cuda")
+        assert scorer.dtype == torch.bfloat16 and isinstance(scorer.model.logit_scale, Card)
+    data = load_data(str(found), "test")
+    assert data.manifest["args"]["scorer_dtype"] is None and len(data.queries) == 8
+
+
+def test_training_is_that_of_a_cpu(home, tmp_path):
+    for device in ("cpu", "cuda"):
+        if device == "cpu":
+            train.main(flags(home, tmp_path / device, device, "--eval-every", "2", *EXACT))
+        else:
+            with pretend_cuda() as card:
+                train.main(flags(home, tmp_path / device, device, "--eval-every", "2", *EXACT))
+                assert card.operations > 10_000
+    ours, theirs = untimed(tmp_path / "cuda"), untimed(tmp_path / "cpu")
+    assert len(ours) == 2 and ours[1]["grad_norm"] > 0 and "val_mrr" in ours[1]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    found, wanted = (load_file(tmp_path / device / ADAPTER) for device in ("cuda", "cpu"))
+    moved = max(float(b.abs().max()) for k, b in wanted.items() if "lora_B" in k)
+    assert all(float((found[k] - wanted[k]).abs().max()) < 0.05 * moved for k in wanted)
+
+
+PAPER = ("--targets", "all", "--dropout", "0.1", "--beta", "0.05", "--inner-steps", "2", "--checkpointing")
+
+
+@pytest.mark.parametrize("more", [
+    PAPER, ("--decode", "free", "--max-new-tokens", "24"), ("--balance", "resample", "--decision-weight", "pi"),
+    ("--balance", "none", "--advantage", "group", "--norm", "sequence", "--no-std")])
+def test_training_in_bfloat16_as_a_card_does(home, tmp_path, more, capsys):
+    with pretend_cuda():
+        train.main(flags(home, tmp_path / "run", "cuda", *more))
+    said = capsys.readouterr().out
+    assert "on cuda" in said and "were forecast" in said
+    log = untimed(tmp_path / "run")
+    assert len(log) == 2 and all(np.isfinite(line["reward"]) for line in log)
+    assert {value.dtype for value in load_file(tmp_path / "run" / ADAPTER).values()} == {torch.float32}
+
+
+def test_killed_run_resumes_on_the_card_and_off_it(home, tmp_path, monkeypatch):
+    more, whole = ("--targets", "all", "--dropout", "0.1", *EXACT), train.train_step
+    with pretend_cuda():
+        train.main(flags(home, tmp_path / "one", "cuda", *more))
+        monkeypatch.setattr(train, "train_step", lambda step, *rest: whole(step, *rest) if step < 1 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(flags(home, tmp_path / "two", "cuda", *more))
+        monkeypatch.setattr(train, "train_step", whole)
+        shutil.copytree(tmp_path / "two", tmp_path / "three")
+        train.main(flags(home, tmp_path / "two", "cuda", *more, "--resume"))
+    assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
+    assert untimed(tmp_path / "two") == untimed(tmp_path / "one")
+    train.main(flags(home, tmp_path / "three", "cpu", *more, "--resume"))
+    assert untimed(tmp_path / "three")[1] == pytest.approx(untimed(tmp_path / "one")[1], rel=1e-2, abs=1e-3)
+
+
+def test_too_small_a_card(home, tmp_path):
+    with pretend_cuda(free=8 << 20):
+        message = refused(*flags(home, tmp_path / "run", "cuda"))
+    assert "cuda:0 has 8.0 MiB for it. What helps: " in message
+
+
+def test_two_processes_with_a_card_each(home, tmp_path, monkeypatch):
+    more = ("--queries", "3", *EXACT)
+    train.main(flags(home, tmp_path / "one", "cpu", *more))
+    alone = train.main
+
+    def on_a_card(command):
+        with pretend_cuda(index=int(os.environ["LOCAL_RANK"])):
+            alone(command)
+
+    monkeypatch.setattr(train, "main", on_a_card)
+    codes = forked(2, flags(home, tmp_path / "two", "cuda", *more), tmp_path)
+    assert codes == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
+    assert "on cuda:0 and 1 more" in (tmp_path / "0.out").read_text()
+    for a, b in zip(untimed(tmp_path / "two"), untimed(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    train.main(flags(home, home / "run", "cpu"))
+    return home / "run"
+
+
+def test_evaluation_is_that_of_a_cpu(home, trained):
+    more = ["--data", str(home / "data"), "--run", str(trained), "--test-scorer", "mini/scorer2", "--retrieval-stage",
+            "--samples", "2", "--fuse", ".5", "--sheet", "2"]
+    wanted, found = (trained.parent / name for name in ("eval-cpu", "eval-card"))
+    evaluate.main([*more, "--device", "cpu", "--out", str(wanted)])
+    with pretend_cuda() as card:
+        evaluate.main([*more, "--device", "cuda", "--out", str(found), *EXACT])
+        assert card.operations > 5_000
+    for path in wanted.glob("test.*.jsonl"):
+        ours, theirs = ([json.loads(line) for line in (folder / path.name).read_text().splitlines()]
+                        for folder in (found, wanted))
+        assert [line["decision"] for line in ours] == [line["decision"] for line in theirs]
+        assert [line["box"] for line in ours] == [line["box"] for line in theirs]
+
+
+def test_answering_on_a_card(home, trained, capsys):
+    query = load_data(str(home / "data"), "test").queries[0].query_id
+    ask = ["--query", query, "--data", str(home / "data"), "--run", str(trained), "--json"]
+    rerank.main([*ask, "--device", "cpu"])
+    wanted = json.loads(capsys.readouterr().out)
+    with pretend_cuda():
+        rerank.main([*ask, "--device", "cuda"])
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == wanted.keys() and found["decision"] == wanted["decision"]
+    with pretend_cuda():
+        policy = load_policy("mini/policy", trained / "adapter", "cuda")
+        before = [layer.base.weight.cpu().clone() for layer in policy.layers.values()]
+        policy.merge()
+        changed = [layer.base.weight.cpu().clone() for layer in policy.layers.values()]
+        policy.unmerge()
+        assert all(isinstance(layer.base.weight, Card) for layer in policy.layers.values())
+        after = [layer.base.weight.cpu() for layer in policy.layers.values()]
+    assert all(map(torch.equal, before, after)) and not any(map(torch.equal, before, changed))
+
+
+@pytest.mark.parametrize("case", ["machine", *(case for case in bench.CASES if case != "step_trl")])
+def test_bench(case, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure_peaks", lambda device, dtype: {"device": device.type, "dtype": str(dtype)})
+    with pretend_cuda() as card:
+        bench.main(["--device", "cuda", "--visual-tokens", "16", "--queries", "1", "--group", "4", "--repeat", "1",
+                    "--warmup", "0", "--batches", "1", "--scorer-batch", "2", "--case", case])
+        assert case == "machine" or card.operations > 100
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if case == "machine":
+        assert found["machine"]["device"] == "a CPU"
+        assert found["peaks"] == {"device": "cuda", "dtype": "torch.bfloat16"}
+    else:
+        assert found["median_s"] and all(seconds > 0 for seconds in found["median_s"].values())
+
+
+def test_building_the_stand_ins(tmp_path):
+    with pretend_cuda() as card:
+        pretrain.main(["--out", str(tmp_path), "--no-compile", "--entities", "48", "--scorer-steps", "2",
+                       "--scorer2-steps", "1", "--scorer-batch", "12", "--scenes", "20", "--tower-steps", "2",
+                       "--answer-steps", "2", "--workers", "1"])
+        assert card.operations > 5_000
+    policy, scorer = load_policy(str(tmp_path / "policy")), load_scorer(str(tmp_path / "scorer"))
+    assert all(p.isfinite().all() for p in [*policy.model.parameters(), *scorer.model.parameters()])
