@@ -1536,8 +1536,9 @@ def read_all(args, work, entry_drops, image_drops):
 def check_rows(args, split, questions, kept):
     """ValueError when nothing is left of a split."""
     if not len(kept):
-        raise ValueError(f"{question_file(args, split)}: none of {questions.read} rows can be used: "
-                         f"{dict(questions.drops.counts)}; first cases: {questions.drops.first}")
+        raise ValueError(f"{question_file(args, split)}: none of {questions.read} rows can be used for {split}: "
+                         f"{dict(questions.drops.counts)}; first cases: {questions.drops.first}. Mend that, or leave the "
+                         "split out with --splits" + " (and train with --eval-every 0)" * (split == "val"))
 
 
 def with_features(questions, shards):

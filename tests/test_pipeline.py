@@ -279,6 +279,73 @@ def test_commands_of_the_readme_run(whole, tmp_path):
     assert "base_model" in (folder / "runs/world/adapter/README.md").read_text()
 
 
+def as_infoseek(raw, out):
+    """The world's raw files as those of InfoSeek: EchoSight's csv files, oven_images/ and wiki_100_dict_v4.json."""
+    (out / "oven_images").mkdir(parents=True)
+    files = json.loads((raw / "inat/train_id2name.json").read_text()) | {
+        f"v{key}": name for key, name in json.loads((raw / "inat/val_id2name.json").read_text()).items()}
+    number = 0
+    for name, splits in (("train", ("train", "val")), ("test", ("test",))):
+        rows = []
+        for split in splits:
+            with open(raw / f"{split}.csv", newline="", encoding="utf-8") as file:
+                rows += [(split, row) for row in csv.DictReader(file)]
+        with open(out / f"infoseek_{name}_filtered.csv", "w", newline="", encoding="utf-8") as file:
+            columns = ["question", "wikipedia_url", "data_id", "dataset_name", "dataset_image_ids", "question_type",
+                       "answer", "wikipedia_title"]
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            for split, row in rows:
+                image = row["dataset_image_ids"].split("|")[0]
+                if row["dataset_name"] == "landmarks":
+                    source = raw / "landmarks" / "/".join(image[:3]) / f"{image}.jpg"
+                else:
+                    source = raw / "inat" / files[image if split == "train" else f"v{image}"]
+                number += 1
+                oven = f"oven_{number:08d}"
+                shutil.copy2(source, out / f"oven_images/{oven}.jpg")
+                writer.writerow({**row, "data_id": f"infoseek_{name}_{number:08d}", "dataset_name": "infoseek",
+                                 "dataset_image_ids": oven, "question_type": "infoseek"})
+    shutil.copy2(raw / "encyclopedic_kb_wiki.json", out / "wiki_100_dict_v4.json")
+    shutil.copy2(raw / "url_to_path_mapping.json", out)
+    for path in json.loads((raw / "url_to_path_mapping.json").read_text()).values():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(raw / path, out / path)
+
+
+@pytest.mark.parametrize("dataset", ["evqa", "infoseek"])
+def test_real_data_line_of_the_readme(whole, tmp_path, dataset):
+    """The benchmarks' own files (of the world's pictures), models in folders of another name, the paper's preset."""
+    assert "make data train eval DATASET=evqa ROOT=/data/evqa POLICY=Qwen/Qwen2.5-VL-3B-Instruct SCORER=" in README
+    folder, root = tmp_path / "copy", tmp_path / "disk"
+    folder.mkdir()
+    copy(ROOT, folder, *[path.name for path in ROOT.glob("*.py")], "Makefile", "mini", "tools")
+    raw = whole[0] / "raw/world"
+    if dataset == "evqa":
+        shutil.copytree(raw, root)
+        (root / "truth.jsonl").unlink()  # real data has none
+    else:
+        as_infoseek(raw, root)
+    shutil.copytree(ROOT / "mini/policy", tmp_path / "policy")
+    shutil.copytree(ROOT / "mini/scorer", tmp_path / "scorer")
+    line = ["make", f"PY={sys.executable}", "READY=", "data", "train", "eval", f"DATASET={dataset}", f"ROOT={root}",
+            f"POLICY={tmp_path / 'policy'}", f"SCORER={tmp_path / 'scorer'}"]
+    validation = "--eval-every 2 --val-queries 2"
+    if dataset == "infoseek":  # val is one entity in a hundred, and there are 48
+        refused = run(folder, *line)
+        assert refused.returncode == 2 and "leave the split out with --splits (and train with" in refused.stderr
+        validation = "--eval-every 0"
+        line += ["PREPARE_FLAGS=--splits train,test"]
+    printed = ok(run(folder, *line, f"TRAIN_FLAGS=--steps 2 --queries 2 --checkpointing {validation}"))
+    assert f"test split of data/{dataset}: 12 queries" in printed
+    config = json.loads((folder / f"runs/{dataset}/config.json").read_text())["args"]
+    assert (config["targets"], config["dropout"], config["lr"], config["preset"]) == ("all", 0.1, 5e-5, "paper")
+    manifest = json.loads((folder / f"data/{dataset}/manifest.json").read_text())
+    assert manifest["dataset"] == dataset and manifest["splits"]["test"]["kept"] == 12
+    metrics = json.loads((folder / f"runs/{dataset}/eval/metrics.json").read_text())
+    assert {"full", "zeroshot", "policy", "always"} <= metrics["methods"].keys() and metrics["queries"] == 12
+
+
 def test_commands_of_the_readme_on_files_of_ones_own(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "copy")
     (folder / "FOLDER").mkdir()
