@@ -54,7 +54,8 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from rewards import metrics, summary
 from scorer import (
-    crop, fuse, hold, image_size, load_data, load_scorer, normalise, read_image, read_json, replacing, scores, write_json,
+    crop, fuse, hold, image_size, load_data, load_scorer, normalise, prepared_dtype, read_image, read_json, replacing,
+    scores, write_json,
 )
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
@@ -1537,8 +1538,7 @@ def open_all(args):
     if args.decode == "free" and (args.samples or args.threshold != 0.5):
         raise ValueError("--samples and --threshold need p(REGION | x), which only --decode grammar knows exactly")
     external, matches = open_runs(data, args.run_file)
-    # Crops are compared with stored full images: rounded otherwise, they would differ from them by that alone.
-    dtype = args.scorer_dtype or data.manifest.get("args", {}).get("scorer_dtype")
+    dtype = args.scorer_dtype or prepared_dtype(data.manifest)
     scorer = load_scorer(args.scorer or data.manifest["scorer_name"], args.device, dtype)
     load_data(args.data, args.split, scorer.identity)  # refuses a scorer that did not make these pools
     policies, name = {}, args.policy or config.get("policy")

@@ -21,6 +21,7 @@ G image tokens. Simplified: one image a prompt, no beam search; the grammar writ
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, DynamicCache, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision, eager_attention_forward,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The words: what the policy is asked, and what counts as an answer
@@ -363,6 +368,41 @@ def write_adapter(folder, base, settings, layers):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The vision tower's windows
+
+
+class WindowAttention(Qwen2_5_VLVisionAttention):
+    """transformers' attention of the vision tower, for CUDA: neighbouring windows of one length in one call.
+
+    Theirs is a call a window: 1,796 for an image of 1,000 tokens in the 3B, each of microseconds on a GPU, which waits for
+    Python then. (On a CPU a call costs nothing beside its work.) Same weights, same numbers.
+    """
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings, **_):
+        """hidden_states [T, D]; cu_seqlens int32 [windows + 1]: where windows begin and the last one ends; cos and sin,
+        [T, d] each -> [T, D]."""
+        q, k, v = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)     # [T, H, d]
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, start = [], 0
+        for length, count in self.runs(cu_seqlens):
+            end = start + count * length
+            windows = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))   # [W, H, n, d]
+            out.append(attend(self, *windows, None, scaling=self.scaling, is_causal=False)[0].reshape(end - start, -1))
+            start = end
+        return self.proj(out[0] if len(out) == 1 else torch.cat(out))                                   # [T, D]
+
+    @staticmethod
+    def runs(cu_seqlens):
+        """(length, number) of neighbouring windows of one length, in order; those at the image's edges are shorter. Kept
+        with the tensor, which all blocks of a pass share: to ask a GPU for numbers is to wait for it."""
+        if not hasattr(cu_seqlens, "runs"):
+            lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+            cu_seqlens.runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+        return cu_seqlens.runs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What travels: prompts, completions, and the tree that packs completions
 
 
@@ -610,15 +650,17 @@ class Policy:
     model, processor, device as in transformers. `name` is what it was loaded from. `system_prompt` is a plain string.
 
     keep_prefix: set it to True for inference, and what all prompts begin with (`opening`: the system prompt, hundreds of
-    tokens) is read once and its keys and values are kept, instead of once a query. Methods of this class that change
-    the weights forget them; whoever changes weights in another way must leave it False, as training does.
+    tokens) is read once and its keys and values are kept, instead of once a query, until a weight that LoRA reaches
+    changes (see `_state`). Whoever changes others, or through `.data`, must leave it False.
     """
 
     def __init__(self, model, processor, name, system_prompt):
         self.model, self.processor, self.name, self.system_prompt = model, processor, name, system_prompt
         self.language_model = model.model.language_model
+        for block in model.model.visual.blocks if model.device.type == "cuda" else ():
+            block.attn.__class__ = WindowAttention
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
-        self.keep_prefix, self._prefix = False, None                # keys and values of `opening`, a pair a layer
+        self.keep_prefix, self._prefix = False, (None, [])          # _state then, and `opening`'s keys and values
         # The 3B ends a turn with <|im_end|> or <|endoftext|>; its generation config lists both.
         ends = model.generation_config.eos_token_id
         self.end_tokens = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -709,7 +751,6 @@ class Policy:
     def _wrap(self, names, settings, seed):
         if self.layers:
             raise ValueError("this policy has LoRA already")
-        self._prefix = None
         # One generator through all layers in order: the seed alone fixes the start, whatever ran before.
         generator = torch.Generator().manual_seed(seed)
         self.lora = settings
@@ -751,14 +792,14 @@ class Policy:
         if set(weights) != set(self.layers) or not same:
             raise ValueError(f"{folder}: {settings} on {len(weights)} layers do not fit the LoRA in place, {self.lora} "
                              f"on {len(self.layers)} layers")
-        self._prefix = None
         for name, (a, b) in weights.items():
             layer = self.layers[name]
             if a.shape != layer.lora_A.shape or b.shape != layer.lora_B.shape:
                 raise ValueError(f"{folder}: {name} has A {tuple(a.shape)}, B {tuple(b.shape)}; the base model needs "
                                  f"{tuple(layer.lora_A.shape)}, {tuple(layer.lora_B.shape)}")
-            layer.lora_A.data.copy_(a)
-            layer.lora_B.data.copy_(b)
+            with torch.no_grad():
+                layer.lora_A.copy_(a)
+                layer.lora_B.copy_(b)
 
     @contextlib.contextmanager
     def adapter(self, enabled):
@@ -766,25 +807,22 @@ class Policy:
         # Merged, the base weights are not to be had; answering with the adapter would make the KL silently 0.
         if any(layer.saved_weight is not None for layer in self.layers.values()) and not enabled:
             raise ValueError("the adapter is merged into the base weights: unmerge() before switching it off")
-        before, self._prefix = [layer.enabled for layer in self.layers.values()], None
+        before = [layer.enabled for layer in self.layers.values()]
         for layer in self.layers.values():
             layer.enabled = enabled
         try:
             yield self
         finally:
-            self._prefix = None
             for layer, was in zip(self.layers.values(), before):
                 layer.enabled = was
 
     def merge(self):
         """Fold the adapter into the base weights: faster inference, no training until `unmerge`."""
-        self._prefix = None
         for layer in self.layers.values():
             layer.merge()
 
     def unmerge(self):
         """Restore the base weights bit by bit."""
-        self._prefix = None
         for layer in self.layers.values():
             layer.unmerge()
 
@@ -821,8 +859,6 @@ class Policy:
     def train(self, mode=True):
         """Dropout on (and gradient checkpointing, where enabled on `model`) until `eval()`. Stay in this mode for the
         backward pass too: checkpointing runs the forward again there. `rollout` and `act` never use dropout."""
-        if mode:
-            self._prefix = None
         self.model.train(mode)
         return self
 
@@ -1022,11 +1058,16 @@ class Policy:
         ids = self.opening
         if not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):  # made under another system prompt
             return cache, 0
-        if self._prefix is None:
-            self._prefix = self._read(ids)
-        for i, (keys, values) in enumerate(self._prefix):                                           # [1, heads, P, d]
+        if self._prefix[0] != (state := self._state()):
+            self._prefix = state, self._read(ids)
+        for i, (keys, values) in enumerate(self._prefix[1]):                                        # [1, heads, P, d]
             cache.update(keys.expand(len(prompts), -1, -1, -1), values.expand(len(prompts), -1, -1, -1), i)
         return cache, len(ids)
+
+    def _state(self):
+        """Equal as long as no LoRA layer was changed or switched: PyTorch counts the changes of every tensor."""
+        return [(layer.enabled, id(tensor), tensor._version) for layer in self.layers.values()
+                for tensor in (layer.base.weight, layer.lora_A, layer.lora_B)]
 
     def _read(self, ids):
         """Tokens at the beginning of a prompt, int64 [P] -> their keys and values, a pair a layer, each [1, heads, P, d]."""

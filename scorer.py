@@ -1329,13 +1329,9 @@ class Data:
         return os.path.join(self.root, self.entity(j)["images"][m - first])
 
 
-def load_data(folder, split, scorer_identity=None):
-    """Open one split of a prepared data folder -> Data.
-
-    FileNotFoundError when prepare.py has not finished there (it writes manifest.json last). ValueError when a file is
-    not the one that the manifest describes, or when scorer_identity (load_scorer(...).identity) is not the scorer that
-    made the pools: candidates and full images are stored as its features, so another's crops cannot be compared.
-    """
+def read_manifest(folder):
+    """manifest.json of a prepared data folder, a dict, its fields looked at. FileNotFoundError where prepare.py has not
+    finished (it writes this file last), ValueError for a file that it did not write; each says what to do."""
     path = os.path.join(folder, "manifest.json")
     remedy = f"run `python prepare.py --out {folder}` (or `make data`)"
     if not os.path.isfile(path):
@@ -1343,7 +1339,7 @@ def load_data(folder, split, scorer_identity=None):
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        [entry["bytes"] for entry in manifest["files"].values()]
         for key, kind in (("version", int), ("scorer", str), ("scorer_name", str), ("K", int), ("dim", int),
                           ("root", str), ("splits", dict)):
             if not isinstance(manifest[key], kind):
@@ -1353,17 +1349,35 @@ def load_data(folder, split, scorer_identity=None):
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy} again") from error
     if manifest["version"] != POOL_VERSION:
         raise ValueError(f"{path}: version {manifest['version']}, this program reads {POOL_VERSION}; {remedy} again")
+    return manifest
+
+
+def prepared_dtype(manifest):
+    """prepare.py's --scorer-dtype, a string or None, of a manifest: the type for whatever is compared with its features.
+    Crops and queries that were rounded otherwise would differ from the stored full images by that alone."""
+    return manifest.get("args", {}).get("scorer_dtype")
+
+
+def load_data(folder, split, scorer_identity=None):
+    """Open one split of a prepared data folder -> Data.
+
+    Errors are those of read_manifest. ValueError, too, when a file is not the one that the manifest describes, or when
+    scorer_identity (load_scorer(...).identity) is not the scorer that made the pools: candidates and full images are
+    stored as its features, so another's crops cannot be compared.
+    """
+    manifest = read_manifest(folder)
+    path, remedy = os.path.join(folder, "manifest.json"), f"run `python prepare.py --out {folder}` (or `make data`)"
     if split not in manifest["splits"]:
         raise ValueError(f"{path}: no split {split!r}; it has {sorted(manifest['splits'])}")
     if scorer_identity is not None and scorer_identity != manifest["scorer"]:
         raise ValueError(f"{folder} was prepared with scorer {manifest['scorer']}, but {scorer_identity} is loaded: "
                          f"use --scorer {manifest['scorer_name']} as it was then, or prepare the data again")
     # Sizes catch a copy that was cut short or mixed from two runs, at no cost.
-    for name, size in sizes.items():
+    for name, entry in manifest["files"].items():
         file = os.path.join(folder, name)
         found = os.path.getsize(file) if os.path.isfile(file) else "no"
-        if found != size:
-            raise ValueError(f"{file}: {found} bytes where the manifest says {size}; {remedy} again")
+        if found != entry["bytes"]:
+            raise ValueError(f"{file}: {found} bytes where the manifest says {entry['bytes']}; {remedy} again")
     data = Data(folder, split, manifest)
     _check_data(data, remedy)
     return data

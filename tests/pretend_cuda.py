@@ -89,6 +89,8 @@ def check_places(function, args, kwargs):
     # A number in main memory (no dimension) is handed over to a kernel like any number.
     there, here = ([x for x in tensors if isinstance(x, Card) is card and (card or x.dim())] for card in (True, False))
     fine = function in COPIES or function in INDEXING and isinstance(tensors[0], Card)
+    if function in INDEXING and len(args) > 2:  # what is put there has to be there
+        fine = fine and (isinstance(args[2], Card) or not args[2].dim())
     if there and here and not fine:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {Card.home} "
                            f"and cpu! {function} of {[tuple(x.shape) for x in there]} and {[tuple(x.shape) for x in here]}")

@@ -19,7 +19,7 @@ import evaluate
 import prepare
 import train
 from mini import pretrain, world
-from policy import load_policy
+from policy import WindowAttention, load_policy
 from pretend_cuda import Card, pretend_cuda
 from scorer import load_data, load_scorer
 from tools import bench, rerank
@@ -82,6 +82,7 @@ def test_tensors_say_where_they_are():
     lambda here, there: torch.where(here > 0, there, there),
     lambda here, there: here[there.long()],
     lambda here, there: torch.nn.functional.linear(here, there),
+    lambda here, there: there.index_put((torch.tensor([0]),), here[:1]),
 ])
 def test_tensors_on_both_sides_are_refused(fault):
     with pretend_cuda(), pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
@@ -253,6 +254,7 @@ def test_answering_on_a_card(home, trained, capsys):
         changed = [layer.base.weight.cpu().clone() for layer in policy.layers.values()]
         policy.unmerge()
         assert all(isinstance(layer.base.weight, Card) for layer in policy.layers.values())
+        assert all(isinstance(block.attn, WindowAttention) for block in policy.model.model.visual.blocks)
         after = [layer.base.weight.cpu() for layer in policy.layers.values()]
     assert all(map(torch.equal, before, after)) and not any(map(torch.equal, before, changed))
 

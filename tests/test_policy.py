@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import policy as policy_module
 import tiny_policy
 from policy import (
-    FULL_TEXT, REGION_TEXT, Action, BoxDraft, Grammar, Tree, load_policy, next_digits, parse, to_original,
+    FULL_TEXT, REGION_TEXT, Action, BoxDraft, Grammar, Tree, WindowAttention, load_policy, next_digits, parse, to_original,
 )
 from tools.bench import pad
 
@@ -50,7 +52,8 @@ def randomise_lora(policy, seed=0):
     """B away from 0, so that the adapter does something."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.lora_parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return policy
 
 
@@ -524,7 +527,7 @@ def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, atte
     prompts = randomise_lora(policy).prompts(images, QUESTIONS)
     plain = answers(policy, prompts, decode)
     policy.keep_prefix, seen = True, fed(policy, monkeypatch)
-    assert policy._prefix is None
+    assert policy._prefix == (None, [])
     first = answers(policy, prompts, decode)
     # Before image and question stand the system prompt and <|im_start|>: read for one row, the rest for all.
     before, start = len(policy.opening), policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -567,8 +570,10 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
     merged = right()
     policy.unmerge()
     assert right() == seen[2] == pytest.approx(merged, abs=1e-4) and seen[2] != seen[0]
-    policy.train()  # a step of training, as train.py has them
     randomise_lora(policy, 3)
+    seen.append(right())
+    policy.log_probs(prompts, policy.rollout(prompts, [["REGION"]] * len(prompts), sample=False))["logp"].sum().backward()
+    torch.optim.SGD(policy.lora_parameters(), lr=0.1).step()  # by whom is all the same
     assert right() not in seen
     # Prompts of another system prompt are no rows of this prefix.
     other = load_policy(folder, system_prompt="Something else entirely, and longer?")
@@ -670,6 +675,35 @@ def test_gradient_checkpointing_and_dropout_only_in_training(policy, prompts):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     policy.eval()
     assert torch.allclose(policy.log_probs(prompts, groups)["logp"], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_windows_together_are_windows_one_by_one(folder, monkeypatch, attention):
+    """WindowAttention against transformers': features and LoRA's gradients; and how few calls it makes."""
+    rng, calls = np.random.default_rng(0), []
+    shapes = [(112, 112), (168, 84), (56, 224), (140, 196)]  # windows are of 4 x 4 patches: 56 pixels
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in shapes]
+
+    def look(kind):
+        policy = load_policy(folder, attention=attention)
+        policy.add_lora(4, 8, dropout=0.0)
+        for block in randomise_lora(policy).model.model.visual.blocks:
+            block.attn.__class__ = kind
+            assert block.attn.config._attn_implementation == attention
+        features = torch.cat(policy._see(policy.prompts(images, QUESTIONS)))
+        features.square().sum().backward()
+        return features.detach(), [p.grad for p in policy.lora_parameters() if p.grad is not None]
+
+    theirs = look(Qwen2_5_VLVisionAttention)
+    whole = ALL_ATTENTION_FUNCTIONS.get_interface
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *names: lambda *inputs, **more: (
+        calls.append(tuple(inputs[1].shape[::2])), whole(*names)(*inputs, **more))[1])
+    ours = look(WindowAttention)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-5) and len(ours[1]) == len(theirs[1]) > 8
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours[1], theirs[1]))
+    # (windows, patches in each) of the block with windows: 4 whole ones, then 3 + 3 cut at the bottom, and so on.
+    assert sum(count * size for count, size in calls) == 2 * sum(w * h // 14**2 for w, h in shapes)
+    assert calls[0] == (7, 16) and len(calls) < 20
 
 
 def test_image_features_are_kept_only_while_the_tower_is_frozen(policy, prompts, monkeypatch):

@@ -7,7 +7,7 @@
 Time and memory do not depend on what the weights are. The shape is the paper's: an image of about 1,000 visual tokens,
 the prompt of Table 10, N = 8 rollouts of 4 queries, answers as long as the template. Measured side by side:
 * rollout, update: ours (prompt and image once a query) against the repeated way (every completion a row of its own, the
-  image through the tower for each, logits of every token), in plain transformers;
+  image through the tower for each, logits of every token), in plain transformers, without `policy.WindowAttention`;
 * reward: crops only, equal boxes once, against the release's way (the view and all K candidates for every completion);
 * step: ours, whole, against TRL's GRPOTrainer with peft, where TRL is installed (it is no requirement);
 * encode: the scorer's image tower against open_clip's own ViT of the same shape, in turns, on pixels that are ready;
@@ -55,6 +55,7 @@ from transformers import (
     Qwen2_5_VLProcessor,
     TrainerCallback,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import rgrpo
 from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, BoxDraft, Policy, Tree
@@ -188,6 +189,12 @@ def build_policy(args, lora=True):
     if lora:
         policy.add_lora(8, 32, args.dropout, args.targets)
     return policy
+
+
+def give_back_windows(policy):
+    """The vision tower's attention is transformers' own again: what is compared with ours has that."""
+    for block in policy.model.model.visual.blocks:
+        block.attn.__class__ = Qwen2_5_VLVisionAttention
 
 
 def build_random(args, build):
@@ -607,6 +614,7 @@ def case_rollout(args, meter):
 def case_rollout_repeated(args, meter):
     """transformers' generate, the prompt repeated for every rollout."""
     policy = build_policy(args)
+    give_back_windows(policy)
     prompts = policy.prompts(*build_inputs(args, args.queries))
     length = answer_length(policy, args)
     meter.ready()
@@ -665,6 +673,7 @@ def halving(rows, run):
 def case_update_repeated(args, meter):
     """A row a rollout, --rows of them at once."""
     policy, optimizer, prompts, groups, counts, advantages = update_inputs(args)
+    give_back_windows(policy)
     meter.ready()
 
     def run(rows):
@@ -780,6 +789,7 @@ def case_step_trl(args, meter):
 def trl_steps(args, meter, rows, trl, peft, datasets):
     """Warm-up and timed steps of GRPOTrainer, `rows` completions a backward pass."""
     policy = build_policy(args, lora=False)
+    give_back_windows(policy)
     length, (images, questions) = answer_length(policy, args), build_inputs(args, args.queries)
     table = [{"prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": q}], "image": i}
              for i, q in zip(images, questions)]

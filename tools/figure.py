@@ -18,7 +18,7 @@ from PIL import Image
 import rgrpo
 from policy import load_policy
 from rewards import reward
-from scorer import crop, load_data, load_scorer, replacing, scores
+from scorer import crop, load_data, load_scorer, prepared_dtype, replacing, scores
 
 PLAN = ["FULL"] + ["REGION"] * 4  # N = 8: the four FULL rollouts are one and the same answer
 COUNT = [4, 1, 1, 1, 1]
@@ -152,9 +152,7 @@ def main(argv=None):
     try:
         data = load_data(args.data, args.split)
         policy = load_policy(args.policy)
-        # In the type that the stored features were made in: another one's rounding would be the only difference.
-        scorer = load_scorer(args.scorer or data.manifest["scorer_name"],
-                             dtype=data.manifest.get("args", {}).get("scorer_dtype"))
+        scorer = load_scorer(args.scorer or data.manifest["scorer_name"], dtype=prepared_dtype(data.manifest))
         if args.query is None:
             group = most_telling(data, policy, scorer, args.seed)
         elif 0 <= args.query < len(data) and 1 in data.queries[args.query].labels:

@@ -46,8 +46,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from policy import Action, load_policy
-from scorer import (DAMAGED, Data, as_rgb, crop, fuse, load_data, load_scorer, read_image, replacing, scores,
-                    write_json)
+from scorer import (DAMAGED, Data, as_rgb, crop, fuse, load_data, load_scorer, prepared_dtype, read_image,
+                    read_manifest, replacing, scores, write_json)
 
 PAGE = Path(__file__).with_name("demo.html")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what a folder of candidates is read for
@@ -487,7 +487,9 @@ def open_models(args):
     if args.threshold is not None and decode == "free":
         raise ValueError(f"{folder} was trained with free decoding, which has no exact p(REGION | x): leave out "
                          "--threshold or add --decode grammar")
-    dtype = args.scorer_dtype or prepared_dtype(data)
+    # Without data, which candidates in files do not need, the type is the device's.
+    prepared = data and os.path.isfile(os.path.join(data, "manifest.json"))
+    dtype = args.scorer_dtype or (prepared_dtype(read_manifest(data)) if prepared else None)
     scorer = load_scorer(scorer_name, args.device, dtype)
 
     def open_data():
@@ -528,25 +530,6 @@ def read_config(folder):
     with open(config, encoding="utf-8") as file:
         return json.load(file)
 
-
-def prepared_dtype(folder):
-    """prepare.py's --scorer-dtype, or None: queries are compared with stored features, and rounded otherwise they would
-    differ by that alone. None as well without data, which candidates in files do not need."""
-    if not folder or not os.path.isfile(os.path.join(folder, "manifest.json")):
-        return None
-    return read_manifest(folder).get("args", {}).get("scorer_dtype")
-
-
-def read_manifest(folder):
-    """manifest.json of a data folder; FileNotFoundError with what to do where it is not there."""
-    path = os.path.join(folder, "manifest.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing: run `python prepare.py --out {folder}` (or `make data`)")
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-# ----------------------------------------------------------------------------------------------------------- one query
 
 def one_query(args, models):
     """--image or --query -> (image, question, Pool, Reranking)."""
