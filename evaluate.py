@@ -1598,6 +1598,8 @@ def open_policy(name, config, args, trained):
                          max_pixels=settings.get("max_pixels"), system_prompt=read_prompt(config),
                          dtype=args.policy_dtype)
     policy.keep_prefix = True
+    if "max_new_tokens" in settings:
+        policy.max_new_tokens = settings["max_new_tokens"]
     return policy
 
 

@@ -652,6 +652,7 @@ class Policy:
     keep_prefix: set it to True for inference, and what all prompts begin with (`opening`: the system prompt, hundreds of
     tokens) is read once and its keys and values are kept, instead of once a query, until a weight that LoRA reaches
     changes (see `_state`). Whoever changes others, or through `.data`, must leave it False.
+    max_new_tokens: tokens of a freely decoded answer at most.
     """
 
     def __init__(self, model, processor, name, system_prompt):
@@ -660,6 +661,7 @@ class Policy:
         for block in model.model.visual.blocks if model.device.type == "cuda" else ():
             block.attn.__class__ = WindowAttention
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
+        self.max_new_tokens = 256
         self.keep_prefix, self._prefix = False, (None, [])          # _state then, and `opening`'s keys and values
         # The 3B ends a turn with <|im_end|> or <|endoftext|>; its generation config lists both.
         ends = model.generation_config.eos_token_id
@@ -1001,7 +1003,7 @@ class Policy:
     # -- sampling ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def rollout(self, prompts, plans, decode="grammar", temperature=1.0, sample=True, seeds=None, max_new_tokens=256):
+    def rollout(self, prompts, plans, decode="grammar", temperature=1.0, sample=True, seeds=None, max_new_tokens=None):
         """Write completions for B prompts -> B lists of Completion, as long as the plans.
 
         plans[b]: one entry a rollout, None (the policy decides), "FULL" or "REGION" (forced decision, Sec. 3.4's
@@ -1010,7 +1012,7 @@ class Policy:
         decode: "grammar" or "free"; sample: False takes the likeliest token at each choice.
         seeds[b]: an int (or tuple of ints) a query, needed to sample. Rollout n of a query draws from a stream of its
         own, seeded by (seed, n): the same completions come out whatever else is in the batch, however many rollouts.
-        max_new_tokens: limit of free decoding. Dropout is off.
+        max_new_tokens: limit of free decoding, in place of the policy's own. Dropout is off.
         """
         self._check_plans(prompts, plans, decode, sample, seeds)
         streams = [[np.random.default_rng([*np.atleast_1d(seeds[b]), n]) if sample else None for n in range(len(plan))]
@@ -1019,7 +1021,7 @@ class Policy:
         before = self.model.training
         self.eval()
         try:
-            drafts, rows = start(prompts, plans, streams, temperature, max_new_tokens)
+            drafts, rows = start(prompts, plans, streams, temperature, max_new_tokens or self.max_new_tokens)
             self._decode([draft for group in drafts for draft in group if not draft.done], rows, temperature)
         finally:
             self.train(before)

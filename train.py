@@ -345,7 +345,7 @@ def sample_groups(policy, prompts, seeds, args):
     """
     def roll(queries, plans, salt=0):
         return policy.rollout([prompts[b] for b in queries], plans, args.decode, args.temperature,
-                              seeds=[(*seeds[b], salt) for b in queries], max_new_tokens=args.max_new_tokens)
+                              seeds=[(*seeds[b], salt) for b in queries])
 
     everyone = range(len(prompts))
     plan = rgrpo.plan(args.group, args.balance)
@@ -1013,6 +1013,7 @@ def open_policy(args):
     attention = "eager" if torch.device(args.device).type == "cpu" else "sdpa"
     policy = load_policy(args.policy, device=args.device, max_pixels=args.max_pixels, system_prompt=read_prompt(args),
                          attention=attention, dtype=args.policy_dtype)
+    policy.max_new_tokens = args.max_new_tokens
     policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
     if args.init_adapter and not (args.resume and (Path(args.run) / "state.pt").exists()):  # which has later weights
         try:

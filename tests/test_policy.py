@@ -480,6 +480,17 @@ def test_free_garbage_is_malformed(policy, images):
     assert [(a.decision, a.box, a.p_region) for a in actions] == [("MALFORMED", None, None)] * 4
 
 
+def test_free_answers_end_at_the_policys_limit(policy, images, prompts, monkeypatch):
+    monkeypatch.setattr(policy, "end_tokens", set())
+    for limit, more in ((7, {}), (3, {"max_new_tokens": 3})):
+        policy.max_new_tokens = 7
+        groups = policy.rollout(prompts, [[None]] * 4, "free", sample=False, **more)
+        assert {len(c.ids) for group in groups for c in group} == {limit}
+    decode = policy.processor.tokenizer.decode
+    texts = [decode(c.ids) for c, in policy.rollout(prompts, [[None]] * 4, "free", sample=False)]
+    assert [a.text for a in policy.act(images, QUESTIONS, decode="free")] == texts
+
+
 def test_bad_plans(policy, prompts):
     for arguments, message in [
         (dict(plans=[[None]] * 3, seeds=[1] * 4), "4 prompts need as many plans"),

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import evaluate
 import rgrpo
 import tiny_policy
 import train
@@ -27,6 +28,7 @@ from policy import Action, Tree, cache_memory, load_policy, saved_activations
 from scorer import (
     POOL_VERSION, EvaClip, EvaClipConfig, Query, crop, load_data, load_scorer, write_array, write_json, write_pool,
 )
+from tools import rerank
 
 K, TRAIN, VAL = 4, 6, 3  # candidates, train queries, val queries
 # What a line of log.jsonl may hold. README.md defines each; `train.py` adds none in silence.
@@ -758,6 +760,18 @@ def copy_run(finished, folder, *names):
 
 
 ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def test_answers_are_as_long_as_the_run_allows_wherever_they_are_asked_for(home, tmp_path):
+    """While training, in its evaluations (no flag of theirs), in evaluate.py and in tools/rerank.py."""
+    free = ("--decode", "free", "--max-new-tokens", "5", "--steps", "1", "--eval-every", "0")
+    assert train.open_policy(train.parse_args(flags(home, "run", *free))).max_new_tokens == 5
+    train.main(flags(home, tmp_path / "run", *free))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    args = evaluate.parse_args(["--run", str(tmp_path / "run"), "--device", "cpu"])
+    assert evaluate.open_policy(f"{home}/policy", config, args, trained=True).max_new_tokens == 5
+    args = rerank.parse_args(["--run", str(tmp_path / "run"), "--device", "cpu", "--query", "train-0"])
+    assert rerank.open_models(args).policy.max_new_tokens == 5
 
 
 def test_a_run_leaves_what_it_promises(finished):

@@ -504,6 +504,8 @@ def open_models(args):
     policy = load_policy(policy_name, adapter=adapter, device=args.device, max_pixels=settings.get("max_pixels"),
                          system_prompt=prompt, dtype=policy_dtype)
     policy.keep_prefix = True
+    if "max_new_tokens" in settings:
+        policy.max_new_tokens = settings["max_new_tokens"]
     same = {"policy": policy_name, "adapter": adapter, "scorer": scorer.identity, "decode": decode,
             "threshold": args.threshold, "k": args.k, "data": data,
             # By content, too: trained or prepared again, the same folder gives other answers.
