@@ -408,12 +408,12 @@ class WindowAttention(Qwen2_5_VLVisionAttention):
 
 @dataclass
 class Prompt:
-    """One query as the model reads it. Tensors are on the CPU but for `features`."""
+    """One query as the model reads it. Tensors are on the CPU but for `features`, and `pixel_values` once it was seen."""
 
     ids: torch.Tensor                   # int64 [T]
     mm_token_type_ids: torch.Tensor     # int64 [T], 1 at image tokens
     position_ids: torch.Tensor          # int64 [3, T], mrope: time, height, width
-    pixel_values: torch.Tensor          # float32 [patches, 1176]
+    pixel_values: torch.Tensor          # float32 [patches, 1176]; of the model's type, once seen
     grid_thw: torch.Tensor              # int64 [3], in patches of 14 pixels
     resized_size: tuple[int, int]       # (width, height) in pixels, as the model sees the image
     original_size: tuple[int, int]      # (width, height) in pixels
@@ -618,8 +618,10 @@ def additive_mask(sees, dtype):
 
     Additive works with both attention implementations; the minimum instead of -inf keeps rows that see nothing finite.
     """
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(
-        ~sees, torch.finfo(dtype).min)[:, None]
+    # Rows begin at multiples of 8 numbers: CUDA's kernel copies other masks, in every layer, and keeps the copies.
+    width = sees.shape[-1]
+    mask = torch.zeros(*sees.shape[:-1], width + -width % 8, dtype=dtype, device=sees.device)[..., :width]
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def pick(log_probs, draws):
@@ -658,8 +660,11 @@ class Policy:
     def __init__(self, model, processor, name, system_prompt):
         self.model, self.processor, self.name, self.system_prompt = model, processor, name, system_prompt
         self.language_model = model.model.language_model
-        for block in model.model.visual.blocks if model.device.type == "cuda" else ():
-            block.attn.__class__ = WindowAttention
+        if model.device.type == "cuda":
+            for block in model.model.visual.blocks:
+                block.attn.__class__ = WindowAttention
+            # First choice on an H100, it makes a plan for every new length, and here all are new: tens of milliseconds each.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
         self.max_new_tokens = 256
         self.keep_prefix, self._prefix = False, (None, [])          # _state then, and `opening`'s keys and values
@@ -884,7 +889,9 @@ class Policy:
         return [prompt.features for prompt in prompts]
 
     def _see(self, prompts):
-        pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self.device)             # [patches, 1176]
+        for prompt in prompts:  # once, for rollout, update and reference; the tower casts them first thing anyway
+            prompt.pixel_values = prompt.pixel_values.to(self.device, self.model.dtype)
+        pixels = torch.cat([prompt.pixel_values for prompt in prompts])                             # [patches, 1176]
         grid = torch.stack([prompt.grid_thw for prompt in prompts]).to(self.device)                 # [B, 3]
         return self.model.model.get_image_features(pixels, grid).pooler_output                      # B x [G, D]
 
@@ -1211,14 +1218,12 @@ def saved_activations(config, lora, rows, length, patches, size=2, fused=True, t
     layer = saved_by_layer(rows * length, text.hidden_size, text.intermediate_size, 3, lora, size,
                            4 * text.num_attention_heads if fused else eager, fused, noise)
     kept = rows * length * text.hidden_size * size if checkpointing else layer
-    # CUDA's fused kernel wants rows of a multiple of 8 numbers: mostly each layer keeps a padded copy of the mask.
-    masks = 1 + (text.num_hidden_layers if fused and cuda and not checkpointing else 0)
     kept_tower, again = 0, 0
     if tower:
         kept_tower, again = _saved_by_tower(config.vision_config, lora, rows, patches, size, fused, checkpointing,
                                             noise)
     return {"language": text.num_hidden_layers * kept + 4 * rows * length * text.hidden_size,   # + the last norm's
-            "tower": kept_tower, "mask": masks * rows * length**2 * size,
+            "tower": kept_tower, "mask": rows * length**2 * size,
             "again": max(layer, again) if checkpointing else 0}
 
 

@@ -956,7 +956,7 @@ class Scorer:
         with ThreadPoolExecutor(1) as feeder, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
             def fetch():
                 images = next(batches, None)
-                # Stacked here, beside the encoder, and pinned so that the copy to a card runs beside it too.
+                # Stacked here, beside the encoder; a card copies pinned memory faster.
                 pixels = torch.stack(list(workers.map(self.preprocess, images))) if images else images
                 return pixels.pin_memory() if images and self.device.type == "cuda" else pixels  # [B, 3, H, W]
             coming = feeder.submit(fetch)

@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -231,7 +232,8 @@ def place():
 
 
 def exchange(operation, *tensors):
-    """A collective operation. ConnectionError when another process has ended: that one has said why."""
+    """A collective operation. ConnectionError when another process has ended: that one has said why. (With gloo. NCCL only
+    queues the operation; there torchrun stops those who wait, after half a minute, and state.pt is as safe.)"""
     try:
         operation(*tensors)
     except RuntimeError as error:  # what gloo and nccl raise
@@ -1028,19 +1030,29 @@ def open_policy(args):
     return policy
 
 
-def train_step(step, steps, policy, optimizer, scorer, data, args):
+def open_step(step, policy, data, args):
+    """What a step reads: rows and seeds of this process's queries, their images and Prompts.
+
+    Nothing is drawn but from (seed, step): a thread can do it while the step before runs. A card would wait for it, for
+    a third of the time that it works (4 images of 1,000 tokens).
+    """
+    rows = queries_of_step(step, len(data.queries), args.queries, args.seed)
+    seeds = share(seeds_of_step(step, rows, len(data.queries), args.seed))
+    rows = share(rows)  # the step's first query is process 0's, which writes the samples
+    return rows, seeds, *open_queries(policy, data, rows, args.max_prompt_tokens)
+
+
+def train_step(step, steps, opened, policy, optimizer, scorer, data, args):
     """One step of r-GRPO. Returns (numbers to log, lines for samples.jsonl).
 
-    step: from 0, of `steps`. FloatingPointError names step and queries when loss or gradient is not finite.
+    step: from 0, of `steps`; opened: of `open_step`. FloatingPointError names step and queries when loss or gradient is
+    not finite.
     """
     # Dropout: a resumed run draws what an unbroken one draws, and no process what another draws.
     torch.manual_seed(args.seed * 1_000_003 + step + (place()[0] << 40))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-    rows = queries_of_step(step, len(data.queries), args.queries, args.seed)
-    seeds = share(seeds_of_step(step, rows, len(data.queries), args.seed))
-    rows = share(rows)  # the step's first query is process 0's, which writes the samples
-    images, prompts = open_queries(policy, data, rows, args.max_prompt_tokens)
+    rows, seeds, images, prompts = opened
     names = [data.queries[row].query_id for row in rows]
     try:
         groups, counts = sample_groups(policy, prompts, seeds, args)
@@ -1064,12 +1076,17 @@ def run_steps(start, steps, recent, forecast, policy, optimizer, scorer, data, v
     saved, after the step in which a signal came to any process, or a warning under --when-sick stop.
     """
     run, began, first = Path(args.run), time.perf_counter(), place()[0] == 0
-    with tracking(args, start) as track, listening() as heard:
+    with tracking(args, start) as track, listening() as heard, ThreadPoolExecutor(1) as thread:
+        def ahead(step):
+            return thread.submit(open_step, step, policy, data, args) if step < steps else None
+
+        coming = ahead(start)
         # disable=None: a bar on terminals only.
         for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step",
                          disable=None if first else True):
             clock = time.perf_counter()
-            log, samples = train_step(step, steps, policy, optimizer, scorer, data, args)
+            opened, coming = coming.result(), ahead(step + 1)  # an error in there is raised here, in its own step
+            log, samples = train_step(step, steps, opened, policy, optimizer, scorer, data, args)
             log |= {"seconds": time.perf_counter() - clock, "memory_mb": memory_mb(policy.device)}
             if args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
                 log |= validate(policy, scorer, val, args)

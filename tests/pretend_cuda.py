@@ -138,6 +138,11 @@ class Calls(TorchFunctionMode):
         if function in (torch.tensor, torch.as_tensor) and on_card(kwargs.get("device")):
             plain = tree_map_only(Card, lambda card: card.held, args)  # a list of numbers that are on the card, say
             return Card(function(*plain, **{**kwargs, "device": CPU}))
+        if function is torch.Tensor.to and isinstance(args[0], Card) and not kwargs.get("copy"):
+            like = {x.dtype for x in args[1:] if isinstance(x, torch.Tensor)}   # x.to(other)
+            device, dtype, *_ = (Card.home, *like) if like else torch._C._nn._parse_to(*args[1:], **kwargs)
+            if device in (None, Card.home) and dtype in (None, args[0].dtype):
+                return args[0]      # C++, which takes it to be on the meta device, would copy
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], Card):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             index = tuple(torch.as_tensor(x) if isinstance(x, (list, range, np.ndarray)) else x for x in index)

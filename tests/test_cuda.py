@@ -16,6 +16,7 @@ from test_train import ADAPTER, forked, refused, untimed
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
+import policy as policy_module
 import prepare
 import train
 from mini import pretrain, world
@@ -257,6 +258,28 @@ def test_answering_on_a_card(home, trained, capsys):
         assert all(isinstance(block.attn, WindowAttention) for block in policy.model.model.visual.blocks)
         after = [layer.base.weight.cpu() for layer in policy.layers.values()]
     assert all(map(torch.equal, before, after)) and not any(map(torch.equal, before, changed))
+
+
+def test_what_is_set_for_a_card_alone(home, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: switched.append(on))
+    switched, masks, whole = [], [], policy_module.additive_mask
+    load_policy("mini/policy")
+    assert not switched
+    with pretend_cuda():
+        policy = load_policy("mini/policy", device="cuda")
+        assert switched == [False]
+        monkeypatch.setattr(policy_module, "additive_mask", lambda *inputs: masks.append(whole(*inputs)) or masks[-1])
+        data = load_data(str(home / "data"), "test")
+        prompts = policy.prompts([data.open_image(i) for i in range(2)], ["What is this?", "Where does this live?"])
+        groups = policy.rollout(prompts, [["FULL", "REGION", "REGION"]] * 2, seeds=[0, 1])
+        seen = [prompt.pixel_values for prompt in prompts]
+        assert all(isinstance(pixels, Card) and pixels.dtype == torch.bfloat16 for pixels in seen)
+        policy.add_lora(targets="all")
+        policy.log_probs(prompts, groups)
+        assert all(prompt.pixel_values is pixels for prompt, pixels in zip(prompts, seen, strict=True))  # no second copy
+    # What PyTorch's memory-efficient attention takes as it is: every stride but the last a multiple of 8.
+    assert len(masks) > 3 and all(stride % 8 == 0 for mask in masks for stride in mask.stride()[:-1])
+    assert any(mask.shape[-1] % 8 for mask in masks) and {mask.stride(-1) for mask in masks} == {1}
 
 
 @pytest.mark.parametrize("case", ["machine", *(case for case in bench.CASES if case != "step_trl")])

@@ -555,10 +555,10 @@ def test_kl_that_explodes_is_seen(home, tmp_path, capsys):  # noqa: F811
 def test_nan_in_the_weights_stops_the_run_and_names_the_queries(home, tmp_path, monkeypatch, beta):  # noqa: F811
     whole = train.train_step
 
-    def sick(step, steps, policy, *rest):
+    def sick(step, steps, opened, policy, *rest):
         if step == 1:
             policy.lora_parameters()[1].data[0, 0] = math.nan
-        return whole(step, steps, policy, *rest)
+        return whole(step, steps, opened, policy, *rest)
 
     monkeypatch.setattr(train, "train_step", sick)
     message = refused(*command(home, tmp_path / "run", "--beta", beta))

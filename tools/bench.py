@@ -4,7 +4,8 @@
     python -m tools.bench --model mid --dtype bfloat16 --queries 1 --repeat 1                   # .3 B on a CPU
     python -m tools.bench --model 3b --device cuda              # Qwen2.5-VL-3B and EVA-CLIP-8B, nothing downloaded
 
-Time and memory do not depend on what the weights are. The shape is the paper's: an image of about 1,000 visual tokens,
+Time and memory do not depend on what the weights are, and every repeat has the same inputs: what a card does at the
+first sight of a shape is in the warm-up. The shape is the paper's: an image of about 1,000 visual tokens,
 the prompt of Table 10, N = 8 rollouts of 4 queries, answers as long as the template. Measured side by side:
 * rollout, update: ours (prompt and image once a query) against the repeated way (every completion a row of its own, the
   image through the tower for each, logits of every token), in plain transformers, without `policy.WindowAttention`;
