@@ -1033,8 +1033,7 @@ def open_policy(args):
 def open_step(step, policy, data, args):
     """What a step reads: rows and seeds of this process's queries, their images and Prompts.
 
-    Nothing is drawn but from (seed, step): a thread can do it while the step before runs. A card would wait for it, for
-    a third of the time that it works (4 images of 1,000 tokens).
+    Nothing is drawn but from (seed, step), so a thread can do it while the step before runs: a card would stand idle.
     """
     rows = queries_of_step(step, len(data.queries), args.queries, args.seed)
     seeds = share(seeds_of_step(step, rows, len(data.queries), args.seed))
