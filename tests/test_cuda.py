@@ -6,6 +6,7 @@ The world, the shipped stand-ins and the command lines are those of `make data t
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,36 @@ def test_killed_run_resumes_on_the_card_and_off_it(home, tmp_path, monkeypatch):
     assert untimed(tmp_path / "two") == untimed(tmp_path / "one")
     train.main(flags(home, tmp_path / "three", "cpu", *more, "--resume"))
     assert untimed(tmp_path / "three")[1] == pytest.approx(untimed(tmp_path / "one")[1], rel=1e-2, abs=1e-3)
+
+
+def test_the_next_step_is_opened_while_one_runs(home, tmp_path, monkeypatch):
+    """And an error in it is that of its own step: what came before is logged and saved."""
+    opened, step_of = {step: threading.Event() for step in range(5)}, []
+    whole = train.open_step, train.train_step
+
+    def open_step(step, *rest):
+        opened[step].set()
+        if step == 3:
+            raise ValueError("no such image")
+        return whole[0](step, *rest)
+
+    def train_step(step, *rest):
+        step_of.append((step, opened[step + 1].wait(60)))
+        return whole[1](step, *rest)
+
+    monkeypatch.setattr(train, "open_step", open_step)
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pretend_cuda():
+        assert "no such image" in refused(*flags(home, tmp_path / "run", "cuda", "--steps", "5", *EXACT))
+    assert step_of == [(0, True), (1, True), (2, True)] and not opened[4].is_set()
+    assert [line["step"] for line in untimed(tmp_path / "run")] == [0, 1, 2]
+    monkeypatch.setattr(train, "open_step", whole[0])
+    monkeypatch.setattr(train, "train_step", whole[1])
+    with pretend_cuda():
+        train.main(flags(home, tmp_path / "run", "cuda", "--steps", "5", *EXACT, "--resume"))
+        train.main(flags(home, tmp_path / "whole", "cuda", "--steps", "5", *EXACT))
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
 
 def test_too_small_a_card(home, tmp_path):

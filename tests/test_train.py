@@ -762,34 +762,6 @@ def copy_run(finished, folder, *names):
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-def test_the_next_step_is_opened_while_one_runs(home, tmp_path, monkeypatch):
-    """And an error in it is that of its own step: what came before is logged and saved."""
-    opened, step_of = {step: threading.Event() for step in range(5)}, []
-    whole = train.open_step, train.train_step
-
-    def open_step(step, *rest):
-        opened[step].set()
-        if step == 3:
-            raise ValueError("no such image")
-        return whole[0](step, *rest)
-
-    def train_step(step, *rest):
-        step_of.append((step, opened[step + 1].wait(60)))
-        return whole[1](step, *rest)
-
-    monkeypatch.setattr(train, "open_step", open_step)
-    monkeypatch.setattr(train, "train_step", train_step)
-    assert "no such image" in refused(*flags(home, tmp_path / "run", "--save-every", "1", "--steps", "5"))
-    assert step_of == [(0, True), (1, True), (2, True)] and not opened[4].is_set()
-    assert [line["step"] for line in read_log(tmp_path / "run")] == [0, 1, 2]
-    monkeypatch.setattr(train, "open_step", whole[0])
-    monkeypatch.setattr(train, "train_step", whole[1])
-    train.main(flags(home, tmp_path / "run", "--save-every", "1", "--steps", "5", "--resume"))
-    train.main(flags(home, tmp_path / "whole", "--save-every", "1", "--steps", "5"))
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
-
-
 def test_answers_are_as_long_as_the_run_allows_wherever_they_are_asked_for(home, tmp_path):
     """While training, in its evaluations (no flag of theirs), in evaluate.py and in tools/rerank.py."""
     free = ("--decode", "free", "--max-new-tokens", "5", "--steps", "1", "--eval-every", "0")
