@@ -408,7 +408,7 @@ class WindowAttention(Qwen2_5_VLVisionAttention):
 
 @dataclass
 class Prompt:
-    """One query as the model reads it. Tensors are on the CPU but for `features`, and `pixel_values` once it was seen."""
+    """One query as one policy reads it. Tensors are on the CPU but for `features`, and `pixel_values` once seen."""
 
     ids: torch.Tensor                   # int64 [T]
     mm_token_type_ids: torch.Tensor     # int64 [T], 1 at image tokens
@@ -652,8 +652,8 @@ class Policy:
     model, processor, device as in transformers. `name` is what it was loaded from. `system_prompt` is a plain string.
 
     keep_prefix: set it to True for inference, and what all prompts begin with (`opening`: the system prompt, hundreds of
-    tokens) is read once and its keys and values are kept, instead of once a query, until a weight that LoRA reaches
-    changes (see `_state`). Whoever changes others, or through `.data`, must leave it False.
+    tokens) is read once and its keys and values are kept, instead of once a query, until LoRA or what it is on changes
+    (see `_state`) or `train()` is called. Whoever changes weights in other ways must leave it False.
     max_new_tokens: tokens of a freely decoded answer at most.
     """
 
@@ -663,8 +663,6 @@ class Policy:
         if model.device.type == "cuda":
             for block in model.model.visual.blocks:
                 block.attn.__class__ = WindowAttention
-            # First choice on an H100, it makes a plan for every new length, and here all are new: tens of milliseconds each.
-            torch.backends.cuda.enable_cudnn_sdp(False)
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
         self.max_new_tokens = 256
         self.keep_prefix, self._prefix = False, (None, [])          # _state then, and `opening`'s keys and values
@@ -866,6 +864,8 @@ class Policy:
     def train(self, mode=True):
         """Dropout on (and gradient checkpointing, where enabled on `model`) until `eval()`. Stay in this mode for the
         backward pass too: checkpointing runs the forward again there. `rollout` and `act` never use dropout."""
+        if mode:
+            self._prefix = None, []     # a fused optimizer's steps are not counted by `_state`
         self.model.train(mode)
         return self
 
@@ -1074,8 +1074,9 @@ class Policy:
         return cache, len(ids)
 
     def _state(self):
-        """Equal as long as no LoRA layer was changed or switched: PyTorch counts the changes of every tensor."""
-        return [(layer.enabled, id(tensor), tensor._version) for layer in self.layers.values()
+        """Equal as long as no LoRA layer was changed or switched: PyTorch counts the changes of a tensor (but for those of
+        inference mode, which cannot be trained)."""
+        return [(layer.enabled, id(tensor), tensor.is_inference() or tensor._version) for layer in self.layers.values()
                 for tensor in (layer.base.weight, layer.lora_A, layer.lora_B)]
 
     def _read(self, ids):
@@ -1271,6 +1272,7 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
     max_pixels: area in pixels that an image is scaled down to; default the checkpoint's own, at most 1,280 * 28 * 28
     (the published 12.8 million is 16,384 tokens an image). system_prompt: text; default the folder's system_prompt.txt
     if it has one, else SYSTEM_PROMPT (Table 10). attention: "sdpa" or "eager" (both take the block mask).
+    On CUDA this switches cuDNN's attention off, in the whole process: torch.backends.cuda.enable_cudnn_sdp.
     Raises ValueError for what cannot be loaded and says why.
     """
     if attention not in ("sdpa", "eager"):
@@ -1293,6 +1295,9 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
         with open(own_prompt, encoding="utf-8") as file:
             system_prompt = file.read()
     model.requires_grad_(False).to(device).eval()
+    if torch.device(device).type == "cuda":
+        # PyTorch's first choice on an H100; it builds a plan for each new length, and in a rollout all lengths are new.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     policy = Policy(model, processor, name, SYSTEM_PROMPT if system_prompt is None else system_prompt)
     if adapter is not None:
         policy.load_adapter(adapter)

@@ -1339,11 +1339,13 @@ def read_manifest(folder):
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        [entry["bytes"] for entry in manifest["files"].values()]
-        for key, kind in (("version", int), ("scorer", str), ("scorer_name", str), ("K", int), ("dim", int),
-                          ("root", str), ("splits", dict)):
-            if not isinstance(manifest[key], kind):
-                raise TypeError(f"{key} is no {kind.__name__}")
+        fields = [(key, manifest[key], kind) for key, kind in (
+            ("version", int), ("scorer", str), ("scorer_name", str), ("K", int), ("dim", int), ("root", str),
+            ("splits", dict))] + [("args", manifest.get("args", {}), dict)]
+        fields += [(f"bytes of {name}", entry["bytes"], int) for name, entry in manifest["files"].items()]
+        for name, value, kind in fields:
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
         manifest["kb"]["images"], manifest["kb"]["kept"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy} again") from error

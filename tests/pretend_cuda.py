@@ -188,6 +188,7 @@ def pretended_calls(free):
              "is_bf16_supported": True}
     yield from ((torch.cuda, name, lambda *_, fact=fact, **__: fact) for name, fact in facts.items())
     yield torch.accelerator, "is_available", lambda: False
+    yield torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None  # it would stay so after the test
     # Not left to the modes, which are a thread's own: pixels are pinned in another one.
     yield torch.Tensor, "pin_memory", lambda tensor: tensor
     yield torch.autograd, "_engine_run_backward", run_backward

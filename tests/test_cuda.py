@@ -292,13 +292,18 @@ def test_answering_on_a_card(home, trained, capsys):
 
 
 def test_what_is_set_for_a_card_alone(home, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: switched.append(on))
     switched, masks, whole = [], [], policy_module.additive_mask
-    load_policy("mini/policy")
-    assert not switched
     with pretend_cuda():
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+        load_policy("mini/policy")
+        assert not switched
         policy = load_policy("mini/policy", device="cuda")
         assert switched == [False]
+        args = bench.parse_args(["--device", "cuda", "--visual-tokens", "16"])
+        ours = bench.build_policy(args)
+        assert switched == [False] * 2 and isinstance(ours.model.model.visual.blocks[0].attn, WindowAttention)
+        bench.as_published(ours)
+        assert switched[2:] == [True] and not isinstance(ours.model.model.visual.blocks[0].attn, WindowAttention)
         monkeypatch.setattr(policy_module, "additive_mask", lambda *inputs: masks.append(whole(*inputs)) or masks[-1])
         data = load_data(str(home / "data"), "test")
         prompts = policy.prompts([data.open_image(i) for i in range(2)], ["What is this?", "Where does this live?"])

@@ -1,6 +1,8 @@
 """policy.py against slow, obvious oracles on a tiny random Qwen2.5-VL: each completion alone, no cache, no packing."""
 
 import doctest
+import functools
+import itertools
 import json
 import math
 import random
@@ -581,11 +583,16 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
     merged = right()
     policy.unmerge()
     assert right() == seen[2] == pytest.approx(merged, abs=1e-4) and seen[2] != seen[0]
-    randomise_lora(policy, 3)
-    seen.append(right())
-    policy.log_probs(prompts, policy.rollout(prompts, [["REGION"]] * len(prompts), sample=False))["logp"].sum().backward()
-    torch.optim.SGD(policy.lora_parameters(), lr=0.1).step()  # by whom is all the same
-    assert right() not in seen
+    for i, step in enumerate((torch.optim.SGD, functools.partial(torch.optim.AdamW, fused=True))):
+        randomise_lora(policy, 3 + i)
+        seen.append(right())
+        policy.train()
+        groups = policy.rollout(prompts, [["REGION"]] * len(prompts), sample=False)
+        policy.log_probs(prompts, groups)["logp"].sum().backward()
+        step(policy.lora_parameters(), lr=0.1).step()
+        policy.eval()
+        seen.append(right())
+    assert all(a != b for a, b in itertools.combinations(seen, 2))
     # Prompts of another system prompt are no rows of this prefix.
     other = load_policy(folder, system_prompt="Something else entirely, and longer?")
     other.keep_prefix = True
@@ -593,6 +600,32 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
     together = [p for _, p in answers(other, mixed, "grammar")]
     other.keep_prefix = False
     assert together == pytest.approx([p for _, p in answers(other, mixed, "grammar")], abs=1e-6)
+
+
+def test_state_changes_with_all_that_a_kept_prefix_depends_on(folder, tmp_path):
+    """Also where answers hardly change: merging rounds."""
+    policy = load_policy(folder)
+    policy.add_lora(4, 8)
+    randomise_lora(policy).save_adapter(tmp_path)
+    layer, states = next(iter(policy.layers.values())), [policy._state()]
+    assert policy._state() == states[0]
+    with policy.adapter(False):
+        states.append(policy._state())
+    assert policy._state() == states[0]
+    old = layer.lora_A
+    for change in (policy.merge, policy.unmerge, lambda: policy.load_adapter(tmp_path),
+                   lambda: setattr(layer, "lora_A", torch.nn.Parameter(old.detach().clone()))):
+        change()
+        states.append(policy._state())
+    assert all(a != b for a, b in itertools.combinations(states, 2))
+
+
+def test_a_policy_that_inference_mode_made_answers(folder, images):
+    with torch.inference_mode():
+        policy = load_policy(folder)
+        policy.add_lora(4, 8)
+        policy.keep_prefix = True
+        assert len(policy.act(images, QUESTIONS)) == 4
 
 
 # ---- packed log-probs and gradients ----------------------------------------------------------------------------------

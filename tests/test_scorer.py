@@ -774,6 +774,8 @@ def test_load_data_refuses(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda m: m.update(version=0), "version 0, this program reads 1"),
+    (lambda m: m.update(args=None), "manifest.json is damaged .TypeError: args is no dict.; run"),
+    (lambda m: m["files"]["kb_image.npy"].update(bytes=None), "bytes of kb_image.npy is no int"),
     (lambda m: m.update(dim=3), r"val_full.npy: shape \(2, 2\), expected \(2, 3\)"),
     (lambda m: m["kb"].update(kept=2), r"kb_text.npy: shape \(3, 2\), expected \(2, 2\)"),
     (lambda m: m.update(K=20), r"val.jsonl:1: query 'q0': 3 candidates, the manifest's K is 20")])

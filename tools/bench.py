@@ -4,11 +4,10 @@
     python -m tools.bench --model mid --dtype bfloat16 --queries 1 --repeat 1                   # .3 B on a CPU
     python -m tools.bench --model 3b --device cuda              # Qwen2.5-VL-3B and EVA-CLIP-8B, nothing downloaded
 
-Time and memory do not depend on what the weights are, and every repeat has the same inputs: what a card does at the
-first sight of a shape is in the warm-up. The shape is the paper's: an image of about 1,000 visual tokens,
+Time and memory do not depend on what the weights are. The shape is the paper's: an image of about 1,000 visual tokens,
 the prompt of Table 10, N = 8 rollouts of 4 queries, answers as long as the template. Measured side by side:
 * rollout, update: ours (prompt and image once a query) against the repeated way (every completion a row of its own, the
-  image through the tower for each, logits of every token), in plain transformers, without `policy.WindowAttention`;
+  image through the tower for each, logits of every token), in transformers and PyTorch as they are (`as_published`);
 * reward: crops only, equal boxes once, against the release's way (the view and all K candidates for every completion);
 * step: ours, whole, against TRL's GRPOTrainer with peft, where TRL is installed (it is no requirement);
 * encode: the scorer's image tower against open_clip's own ViT of the same shape, in turns, on pixels that are ready;
@@ -185,6 +184,8 @@ def build_policy(args, lora=True):
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, args.dtype), attn_implementation=args.attention)
     policy = Policy(model.requires_grad_(False).eval(), processor, f"random {args.model}", SYSTEM_PROMPT)
+    if policy.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as load_policy does
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
@@ -192,8 +193,10 @@ def build_policy(args, lora=True):
     return policy
 
 
-def give_back_windows(policy):
-    """The vision tower's attention is transformers' own again: what is compared with ours has that."""
+def as_published(policy):
+    """What load_policy changes for CUDA is changed back: those that are compared with ours have transformers' vision
+    tower and PyTorch's own choice of an attention kernel. (A case has a process of its own.)"""
+    torch.backends.cuda.enable_cudnn_sdp(True)
     for block in policy.model.model.visual.blocks:
         block.attn.__class__ = Qwen2_5_VLVisionAttention
 
@@ -599,12 +602,10 @@ class Meter:
 
 def case_rollout(args, meter):
     """Ours, with the images' way through the tower."""
-    policy = build_policy(args)
-    prompts = policy.prompts(*build_inputs(args, args.queries))
+    policy, inputs = build_policy(args), build_inputs(args, args.queries)
     meter.ready()
     for i in range(args.warmup + args.repeat):
-        for prompt in prompts:
-            prompt.features = None
+        prompts = policy.prompts(*inputs)  # new ones: what was seen of an image stays with its prompt
         with meter.measure("rollout"):
             groups, _ = roll(policy, prompts, args, i)
     meter.work["rollout"] = rollout_work(policy, prompts, groups)
@@ -615,7 +616,7 @@ def case_rollout(args, meter):
 def case_rollout_repeated(args, meter):
     """transformers' generate, the prompt repeated for every rollout."""
     policy = build_policy(args)
-    give_back_windows(policy)
+    as_published(policy)
     prompts = policy.prompts(*build_inputs(args, args.queries))
     length = answer_length(policy, args)
     meter.ready()
@@ -674,7 +675,7 @@ def halving(rows, run):
 def case_update_repeated(args, meter):
     """A row a rollout, --rows of them at once."""
     policy, optimizer, prompts, groups, counts, advantages = update_inputs(args)
-    give_back_windows(policy)
+    as_published(policy)
     meter.ready()
 
     def run(rows):
@@ -790,7 +791,7 @@ def case_step_trl(args, meter):
 def trl_steps(args, meter, rows, trl, peft, datasets):
     """Warm-up and timed steps of GRPOTrainer, `rows` completions a backward pass."""
     policy = build_policy(args, lora=False)
-    give_back_windows(policy)
+    as_published(policy)
     length, (images, questions) = answer_length(policy, args), build_inputs(args, args.queries)
     table = [{"prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": q}], "image": i}
              for i, q in zip(images, questions)]
