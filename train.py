@@ -1078,8 +1078,8 @@ def run_steps(start, steps, recent, forecast, policy, optimizer, scorer, data, v
     run, began, first = Path(args.run), time.perf_counter(), place()[0] == 0
     with tracking(args, start) as track, listening() as heard, ThreadPoolExecutor(1) as thread:
         def ahead(step):
-            """What gives the step's `opened`. A card would stand idle meanwhile, so there a thread begins at once; on a CPU
-            it would take the cores from the step before, which then took 1.4 times as long."""
+            """What gives a step its `opened`. A card would stand idle meanwhile, so there a thread begins at once; on two
+            cores of a CPU that made a step 1.4 times as long."""
             if step < steps and policy.device.type == "cuda":
                 return thread.submit(open_step, step, policy, data, args).result
             return functools.partial(open_step, step, policy, data, args)

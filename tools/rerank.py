@@ -533,6 +533,9 @@ def read_config(folder):
         return json.load(file)
 
 
+# ----------------------------------------------------------------------------------------------------------- one query
+
+
 def one_query(args, models):
     """--image or --query -> (image, question, Pool, Reranking)."""
     pools = models.pools
