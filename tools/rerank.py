@@ -535,7 +535,6 @@ def read_config(folder):
 
 # ----------------------------------------------------------------------------------------------------------- one query
 
-
 def one_query(args, models):
     """--image or --query -> (image, question, Pool, Reranking)."""
     pools = models.pools
