@@ -54,8 +54,8 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from rewards import metrics, summary
 from scorer import (
-    crop, fuse, hold, image_size, load_data, load_scorer, normalise, prepared_dtype, read_image, read_json, replacing,
-    scores, write_json,
+    check_scorer, crop, fuse, hold, image_size, load_data, load_scorer, normalise, prepared_dtype, read_image, read_json,
+    replacing, scores, write_json,
 )
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
@@ -1540,7 +1540,7 @@ def open_all(args):
     external, matches = open_runs(data, args.run_file)
     dtype = args.scorer_dtype or prepared_dtype(data.manifest)
     scorer = load_scorer(args.scorer or data.manifest["scorer_name"], args.device, dtype)
-    load_data(args.data, args.split, scorer.identity)  # refuses a scorer that did not make these pools
+    check_scorer(args.data, data.manifest, scorer.identity)
     policies, name = {}, args.policy or config.get("policy")
     if args.zeroshot_policy:
         policies["second"] = lambda: outside(open_policy, args.zeroshot_policy, config, args, trained=False)

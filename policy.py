@@ -402,6 +402,15 @@ class WindowAttention(Qwen2_5_VLVisionAttention):
         return cu_seqlens.runs
 
 
+def suit_cuda(model):
+    """What a Qwen2.5-VL on a card is run with; on a CPU nothing is changed. cuDNN's attention, PyTorch's first choice on
+    an H100, builds a plan for each new length, and in a rollout all lengths are new: off, in the whole process."""
+    if model.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        for block in model.model.visual.blocks:
+            block.attn.__class__ = WindowAttention
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What travels: prompts, completions, and the tree that packs completions
 
@@ -660,9 +669,6 @@ class Policy:
     def __init__(self, model, processor, name, system_prompt):
         self.model, self.processor, self.name, self.system_prompt = model, processor, name, system_prompt
         self.language_model = model.model.language_model
-        if model.device.type == "cuda":
-            for block in model.model.visual.blocks:
-                block.attn.__class__ = WindowAttention
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
         self.max_new_tokens = 256
         self.keep_prefix, self._prefix = False, (None, [])          # _state then, and `opening`'s keys and values
@@ -1272,7 +1278,7 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
     max_pixels: area in pixels that an image is scaled down to; default the checkpoint's own, at most 1,280 * 28 * 28
     (the published 12.8 million is 16,384 tokens an image). system_prompt: text; default the folder's system_prompt.txt
     if it has one, else SYSTEM_PROMPT (Table 10). attention: "sdpa" or "eager" (both take the block mask).
-    On CUDA this switches cuDNN's attention off, in the whole process: torch.backends.cuda.enable_cudnn_sdp.
+    On CUDA this switches cuDNN's attention off, in the whole process (`suit_cuda`).
     Raises ValueError for what cannot be loaded and says why.
     """
     if attention not in ("sdpa", "eager"):
@@ -1295,9 +1301,7 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
         with open(own_prompt, encoding="utf-8") as file:
             system_prompt = file.read()
     model.requires_grad_(False).to(device).eval()
-    if torch.device(device).type == "cuda":
-        # PyTorch's first choice on an H100; it builds a plan for each new length, and in a rollout all lengths are new.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    suit_cuda(model)
     policy = Policy(model, processor, name, SYSTEM_PROMPT if system_prompt is None else system_prompt)
     if adapter is not None:
         policy.load_adapter(adapter)

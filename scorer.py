@@ -1360,20 +1360,26 @@ def prepared_dtype(manifest):
     return manifest.get("args", {}).get("scorer_dtype")
 
 
+def check_scorer(folder, manifest, identity):
+    """ValueError when load_scorer(...).identity is not that of the scorer which prepared the folder: candidates and full
+    images are stored as its features, so another's crops cannot be compared."""
+    if identity != manifest["scorer"]:
+        raise ValueError(f"{folder} was prepared with scorer {manifest['scorer']}, but {identity} is loaded: "
+                         f"use --scorer {manifest['scorer_name']} as it was then, or prepare the data again")
+
+
 def load_data(folder, split, scorer_identity=None):
     """Open one split of a prepared data folder -> Data.
 
-    Errors are those of read_manifest. ValueError, too, when a file is not the one that the manifest describes, or when
-    scorer_identity (load_scorer(...).identity) is not the scorer that made the pools: candidates and full images are
-    stored as its features, so another's crops cannot be compared.
+    Errors are those of read_manifest and, where scorer_identity is given, of check_scorer; and ValueError when a file is
+    not the one that the manifest describes.
     """
     manifest = read_manifest(folder)
     path, remedy = os.path.join(folder, "manifest.json"), f"run `python prepare.py --out {folder}` (or `make data`)"
     if split not in manifest["splits"]:
         raise ValueError(f"{path}: no split {split!r}; it has {sorted(manifest['splits'])}")
-    if scorer_identity is not None and scorer_identity != manifest["scorer"]:
-        raise ValueError(f"{folder} was prepared with scorer {manifest['scorer']}, but {scorer_identity} is loaded: "
-                         f"use --scorer {manifest['scorer_name']} as it was then, or prepare the data again")
+    if scorer_identity is not None:
+        check_scorer(folder, manifest, scorer_identity)
     # Sizes catch a copy that was cut short or mixed from two runs, at no cost.
     for name, entry in manifest["files"].items():
         file = os.path.join(folder, name)

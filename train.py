@@ -54,7 +54,7 @@ from tqdm import tqdm
 import rgrpo
 from policy import cache_memory, load_policy, passing_memory, saved_activations
 from rewards import metrics, reward, summary
-from scorer import crop, hold, load_data, load_scorer, prepared_dtype, replacing, scores, write_json
+from scorer import check_scorer, crop, hold, load_data, load_scorer, prepared_dtype, replacing, scores, write_json
 
 PRESETS = {
     # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts; --queries counts those of all processes, so
@@ -985,10 +985,9 @@ def tracking(args, start):
 
 def open_data(args):
     """Scorer, train data, val data (None without evaluation)."""
-    # Opened before the scorer is, too: a fault of the data should not wait for gigabytes.
-    dtype = args.scorer_dtype or prepared_dtype(load_data(args.data, "train").manifest)
-    scorer = load_scorer(args.scorer, args.device, dtype)
-    data = load_data(args.data, "train", scorer.identity)
+    data = load_data(args.data, "train")  # before the scorer: a fault of the data should not wait for gigabytes
+    scorer = load_scorer(args.scorer, args.device, args.scorer_dtype or prepared_dtype(data.manifest))
+    check_scorer(args.data, data.manifest, scorer.identity)
     if not data.queries:
         raise ValueError(f"{args.data}: no training query has its positive in the pool; see the counts in "
                          "manifest.json")

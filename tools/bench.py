@@ -58,7 +58,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import rgrpo
-from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, BoxDraft, Policy, Tree
+from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, BoxDraft, Policy, Tree, suit_cuda
 from rewards import reward
 from scorer import EvaClip, EvaClipConfig, Scorer, crop, preprocess, scores, write_json
 
@@ -183,9 +183,8 @@ def build_policy(args, lora=True):
     with torch.device(args.device):  # made where they are needed: 3 B would take minutes on a CPU
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, args.dtype), attn_implementation=args.attention)
+    suit_cuda(model)
     policy = Policy(model.requires_grad_(False).eval(), processor, f"random {args.model}", SYSTEM_PROMPT)
-    if policy.device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as load_policy does
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
@@ -194,7 +193,7 @@ def build_policy(args, lora=True):
 
 
 def as_published(policy):
-    """What load_policy changes for CUDA is changed back: those that are compared with ours have transformers' vision
+    """What `suit_cuda` changed is changed back: those that are compared with ours have transformers' vision
     tower and PyTorch's own choice of an attention kernel. (A case has a process of its own.)"""
     torch.backends.cuda.enable_cudnn_sdp(True)
     for block in policy.model.model.visual.blocks:
