@@ -12,7 +12,7 @@ their cosine (Eq. 4). Nothing here learns during r-GRPO.
 
 From top to bottom: the four equations, pictures, EVA-CLIP, its checkpoints, scorers, the files of a data folder, run
 files. Letters: B images or texts, T tokens, D the shared space, Q queries, K candidates of a pool, E entities, M images
-of the knowledge base. Simplified: attention is PyTorch's own; no code that comes with weights is ever run.
+of the knowledge base. No code that comes with weights is ever run.
 """
 
 import fcntl
@@ -54,12 +54,11 @@ def crop(image, box):
     policy's box is checked where it is parsed, so an empty one here is a mistake of the caller.
     """
     x1, y1, x2, y2 = (float(v) for v in box)
-    if not all(math.isfinite(v) for v in (x1, y1, x2, y2)) or x2 <= x1 or y2 <= y1:
-        raise ValueError(f"box {tuple(box)} is empty or not finite; expected x1 < x2, y1 < y2")
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= max(0, x1) or y2 <= max(0, y1) \
+            or x1 >= image.width or y1 >= image.height:
+        raise ValueError(f"box {tuple(box)} has no pixel of the image of {image.width} x {image.height}")
     left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
     right, bottom = min(image.width, math.ceil(x2)), min(image.height, math.ceil(y2))
-    if right <= left or bottom <= top:
-        raise ValueError(f"box {tuple(box)} lies outside the image of {image.width} x {image.height} pixels")
     return image.crop((left, top, right, bottom))  # Eq. 1, d = REGION
 
 
@@ -69,16 +68,15 @@ def normalise(x):
     length = np.linalg.norm(x, axis=-1, keepdims=True)
     bad = ~np.isfinite(length) | (length == 0)
     if bad.any():
-        raise ValueError(f"{bad.sum()} of {length.size} feature vectors are zero or not finite and cannot be normalised")
+        raise ValueError(f"{bad.sum()} of {length.size} feature vectors are zero or not finite: they have no direction")
     return x / length
 
 
 def fuse(image_features, text_features=None):
     """Candidate vectors of Eq. 3 from un-normalised [..., D], and [..., D] or None -> float32 [..., D], length 1.
 
-    [t != empty] f_T(t): text_features None means no candidate has text, a row of zeros that this one has none.
-    The sum comes before the norm, so the longer of the two features weighs more; normalising each first would not
-    be Eq. 3.
+    [t != empty] f_T(t): text_features None means no candidate has text, a row of zeros that this one has none. The sum
+    comes before the norm, so the longer of the two weighs more; normalising each first would not be Eq. 3.
     """
     total = np.asarray(image_features, dtype=np.float32)
     if text_features is not None:
@@ -99,12 +97,10 @@ def scores(query, candidates):
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-# What is opened as a picture. Pillow knows more, but some of it (EPS) starts other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows more, but EPS starts another program
 MAX_PIXELS = 100_000_000
-# What Pillow's readers raise on damaged bytes.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, ArithmeticError, struct.error,
-           zlib.error, Image.DecompressionBombError)
+           zlib.error, Image.DecompressionBombError)  # what Pillow's readers raise on damaged bytes
 
 
 class TooLarge(InputError):
@@ -127,7 +123,7 @@ def read_image(file, name=None):
             image.load()  # open() reads the header only: a cut file shows itself here
             ImageOps.exif_transpose(image, in_place=True)
     except DAMAGED as error:
-        raise error if isinstance(error, TooLarge) else InputError(f"image {name} cannot be read: {error}") from error
+        raise error if isinstance(error, TooLarge) else InputError(f"image {name} cannot be read: {error}")
     return as_rgb(image, name)
 
 
@@ -149,9 +145,9 @@ def as_rgb(image, name="given"):
 class Preprocess:
     """PIL image of any size and mode -> float32 [3, H, W] for an image encoder.
 
-    steps: the model's own, on PIL images; without any those of EVA-CLIP: shortest side to `size`, centre crop (so an
-    image that is not square loses its ends, as in the reference), mean and std. Pillow does the resizing, as in
-    training: torchvision's on tensors is up to two grey levels off.
+    steps: the model's own; without any those of EVA-CLIP: shortest side to `size`, centre crop (so an image that is
+    not square loses its ends, as in the reference), mean and std. Pillow resizes, not torchvision's tensor code, which
+    is up to two grey levels off.
     """
 
     def __init__(self, size=None, steps=None):
@@ -162,7 +158,7 @@ class Preprocess:
     def __call__(self, image):
         image = as_rgb(image)  # first: bicubic on palette indices would invent colours
         short, long = sorted(image.size)
-        if long > 16 * short:  # a sliver, such as a box one pixel wide, would be blown up to gigabytes: its middle will do
+        if long > 16 * short:  # a sliver, say of one pixel, would be blown up to gigabytes: its middle will do
             x, y = (max(0, side - 16 * short) // 2 for side in image.size)
             image = image.crop((x, y, image.width - x, image.height - y))
         return self.steps(image)
@@ -215,13 +211,13 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # q|k|v, then heads: (B, H, T, d) each
+        qkv = self.qkv(x).view(b, t, 3, self.heads, -1)  # q|k|v, then heads
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # scales by d^-.5
         return self.proj(x.transpose(1, 2).reshape(b, t, d))  # (B, T, width)
 
 
-class MLP(nn.Module):
-    # Plain: the gated MLP (SwiGLU) belongs to EVA02, not to EVA-CLIP-8B.
+class MLP(nn.Module):  # plain: the gated one (SwiGLU) belongs to EVA02, not to EVA-CLIP-8B
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -292,11 +288,10 @@ class TextTower(nn.Module):
 
 
 class EvaClip(nn.Module):
-    """EVA-CLIP in plain PyTorch.
+    """EVA-CLIP in plain PyTorch. towers: which to build; the other is None (training embeds crops and no text).
 
     encode_image(pixel_values [B, 3, H, W]) and encode_text(ids [B, T]) give un-normalised [B, D]: Eq. 3 adds the two
     before it normalises. `logit_scale` is a log; only contrastive training uses it (times exp(logit_scale)).
-    towers: which of the two to build; the other is None (training embeds crops and no text).
     """
 
     def __init__(self, config, towers=TOWERS):
@@ -324,9 +319,8 @@ class EvaClip(nn.Module):
     def load(cls, folder_or_file, device="cpu", dtype=None, towers=TOWERS):
         """Read an EVA-CLIP in any of its published forms; nothing that comes with it is executed.
 
-        folder_or_file: a folder as save() writes it, a Hugging Face folder (.safetensors or .bin, sharded or not), or
-        one weight file (the original .pt, .safetensors, .bin), with or without a config.json beside it. dtype None
-        keeps what the file holds. towers: those that are read. Tensors come from memory maps, are cast one by one.
+        A folder as save() writes it, a Hugging Face id or folder (.safetensors or .bin, sharded or not), or one weight
+        file (the original .pt, .safetensors, .bin). dtype None keeps what the file holds. towers: those that are read.
         FileNotFoundError or InputError naming the file when one is missing or cut short, is no EVA-CLIP (missing,
         unknown and misshapen tensors are listed), or holds NaN.
         """
@@ -334,8 +328,7 @@ class EvaClip(nn.Module):
         tensors = read_tensors(files, device, dtype, towers)
         with torch.device("meta"):  # no memory is spent on weights that are replaced at once
             model = cls(read_config(tensors, files), towers)
-        # Optional in checkpoints: only contrastive training uses it.
-        tensors.setdefault("logit_scale", torch.tensor(math.log(100.0), device=device, dtype=dtype))
+        tensors.setdefault("logit_scale", torch.tensor(math.log(100.0), device=device, dtype=dtype))  # some lack it
         try:
             model.load_state_dict(tensors, assign=True)  # strict: it lists what is missing, unknown or misshapen
         except RuntimeError as error:
@@ -369,32 +362,27 @@ def read_tensors(files, device, dtype, towers):
     """{our name: tensor on `device` in `dtype`} of weight files, those of a tower that is not asked for left out."""
     tensors, apart = {}, {}  # apart: {name: {"q" | "k" | "v": tensor}} of those that Hugging Face keeps apart
     others = tuple(f"{tower}." for tower in TOWERS if tower not in towers)
-    for file in files:
-        for stored, tensor in open_weights(file).items():
-            name = stored
-            for theirs, ours in RENAMES:
-                name = re.sub(theirs, ours, name)
-            if name.startswith(others) or name.endswith(("position_ids", "attn_mask")):  # buffers of other programs
-                continue
-            if not tensor.is_floating_point():  # quantised, say: without their scales the numbers mean nothing
-                raise InputError(f"{file}: tensor {stored} is of {tensor.dtype}, no floating-point numbers")
-            tensor = tensor.to(device, dtype)
-            # Smallest and largest show NaN and infinity without a second tensor. After the cast: fp16 ends at 65504.
-            if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                raise InputError(f"{file}: tensor {stored} holds NaN or infinity in {tensor.dtype}")
-            if found := re.search(r"self_attn\.([qkv])_proj", stored):
-                apart.setdefault(name, {})[found[1]] = tensor
-            elif stored.endswith("text_projection.weight"):  # a Linear; square in the 8B, so no shape would complain
-                tensors[name] = tensor.T.contiguous()  # (D, width) -> (width, D)
-            elif name in ("visual.cls_token", "visual.pos_embed"):
-                tensors[name] = tensor.view(1, -1, tensor.shape[-1])
-            else:
-                tensors[name] = tensor
-    for name, three in apart.items():
-        if three.keys() != set("qkv"):
-            raise InputError(f"{files[0]}: {name} has only its {sorted(three)} of q, k and v")
-        tensors[name] = torch.cat([three[part] for part in "qkv"])
-    return tensors
+    for stored, tensor in ((name, tensor) for file in files for name, tensor in open_weights(file).items()):
+        name = stored
+        for theirs, ours in RENAMES:
+            name = re.sub(theirs, ours, name)
+        if name.startswith(others) or name.endswith(("position_ids", "attn_mask")):  # buffers of other programs
+            continue
+        if not tensor.is_floating_point():  # quantised, say: without their scales the numbers mean nothing
+            raise InputError(f"{files[0]}: tensor {stored} is of {tensor.dtype}, no floating-point numbers")
+        tensor = tensor.to(device, dtype)
+        # Smallest and largest show NaN and infinity without a second tensor. After the cast: fp16 ends at 65504.
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise InputError(f"{files[0]}: tensor {stored} holds NaN or infinity in {tensor.dtype}")
+        if found := re.search(r"self_attn\.([qkv])_proj", stored):
+            apart.setdefault(name, {})[found[1]] = tensor
+        elif stored.endswith("text_projection.weight"):  # a Linear; square in the 8B, so no shape would complain
+            tensors[name] = tensor.T.contiguous()  # (D, width) -> (width, D)
+        else:
+            first = name in ("visual.cls_token", "visual.pos_embed")  # an axis of 1 that Hugging Face leaves out
+            tensors[name] = tensor.view(1, -1, tensor.shape[-1]) if first else tensor
+    # One of the three that is missing makes a tensor of another shape, which load_state_dict names.
+    return tensors | {name: torch.cat([x[part] for part in "qkv" if part in x]) for name, x in apart.items()}
 
 
 def open_weights(path):
@@ -417,9 +405,7 @@ def open_weights(path):
 def read_config(tensors, files):
     """EvaClipConfig: sizes from the shapes of the tensors; head counts and postnorm, which no tensor tells, from the
     config.json beside them in its three forms: ours, Hugging Face's (vision_config) and the original's (vision_cfg).
-
-    Which norm a tower has shows in its tensors, too: Hugging Face's flags for it (use_rms_norm) are not looked at.
-    """
+    Which norm a tower has shows in its tensors, too: flags such as use_rms_norm are not looked at."""
     file = os.path.join(os.path.dirname(files[0]), "config.json")
     content = read_json(file, "fetch it again") if os.path.isfile(file) else {}
     vision, text = (content.get(f"{tower}_config") or content.get(f"{tower}_cfg") or content.get("config") or {}
@@ -510,15 +496,14 @@ class Tokenizer:
 class Scorer:
     """What load_scorer returns: PIL images and strings in, un-normalised float32 numpy features out.
 
-    name: as given. dim: D. batch_size: images or texts a forward pass.
+    name: as given. dim: D. batch_size: images or texts a forward pass. preprocess: PIL image -> float32 [3, H, W], for
+    the processes that read pictures. Each kind sets model, dim, preprocess and token_ids (list of str -> ids [B, T]).
     """
 
     def __init__(self, name, device, dtype):
         self.name, self.device, self.batch_size = name, torch.device(device), 64
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        # bf16 halves the memory of 8 B weights; on a CPU fp32 is the safe choice.
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        # Each kind sets these: model, dim, preprocess, token_ids (list of str -> ids [B, T]).
 
     @torch.inference_mode()
     def encode(self, pixels):
@@ -526,23 +511,25 @@ class Scorer:
         pixels = pixels.to(self.device, non_blocking=True).to(self.dtype)
         return self.model.encode_image(pixels).float().cpu().numpy()
 
-    def image_features(self, images):
-        """list of PIL images of any size -> float32 [B, D]."""
-        found = [np.zeros((0, self.dim), np.float32)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # Pillow lets them run side by side
-            for start in range(0, len(images), self.batch_size):
-                pixels = threads.map(self.preprocess, images[start:start + self.batch_size])
-                found.append(self.encode(torch.stack(list(pixels))))
-        return np.concatenate(found)  # [B, D]
-
     @torch.inference_mode()
+    def encode_text(self, texts):
+        return self.model.encode_text(self.token_ids(texts).to(self.device)).float().cpu().numpy()  # [B, D]
+
+    def image_features(self, images):
+        """list of PIL images of any size -> float32 [N, D]."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # Pillow lets them run side by side
+            def encode(part):
+                return self.encode(torch.stack(list(threads.map(self.preprocess, part))))
+            return self.in_batches(encode, images)
+
     def text_features(self, texts):
-        """list of str -> float32 [B, D]. An empty string has a feature too; whoever fuses decides that it has none."""
-        found = [np.zeros((0, self.dim), np.float32)]
-        for start in range(0, len(texts), self.batch_size):
-            ids = self.token_ids(texts[start:start + self.batch_size]).to(self.device)  # [B, T]
-            found.append(self.model.encode_text(ids).float().cpu().numpy())
-        return np.concatenate(found)  # [B, D]
+        """list of str -> float32 [N, D]. An empty string has a feature too; whoever fuses decides that it has none."""
+        return self.in_batches(self.encode_text, texts)
+
+    def in_batches(self, encode, items):
+        starts = range(0, len(items), self.batch_size)
+        parts = [encode(items[start:start + self.batch_size]) for start in starts]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])  # [N, D], also of no item
 
     def fingerprint(self):
         """The normalised feature [D] of one fixed drawn picture: what this scorer does, whatever its files are called.
@@ -580,9 +567,8 @@ class EvaClipScorer(Scorer):
 class OpenClipScorer(Scorer):
     """A Scorer over any model of open_clip: CLIP, SigLIP, SigLIP2, EVA02 ..., with its own statistics and tokenizer.
 
-    A weight file does not say which pixel statistics and which GELU it was trained with, and open_clip falls back in
-    silence; a TAG does, so it is asked for with a file, too.
-    """
+    A weight file does not say which pixel statistics and GELU it was trained with, and open_clip guesses in silence; a
+    TAG does, so a file is given with one."""
 
     def __init__(self, name, device="cpu", dtype=None):
         import open_clip  # here, not above: it takes seconds, and the default scorer needs its tokenizer at most
@@ -591,15 +577,16 @@ class OpenClipScorer(Scorer):
             self.source, _, rest = name.removeprefix("open_clip:").partition("/")
             tag, _, file = rest.partition("=")
             if not (trained := open_clip.get_pretrained_cfg(self.source, tag)):
-                raise InputError(f"{name}: no such model and tag in open_clip. Weights of a file: open_clip:NAME/TAG=FILE. Tags "
-                                 f"of {self.source}: {', '.join(open_clip.list_pretrained_tags_by_model(self.source))}")
+                raise InputError(f"{name}: no such model and tag in open_clip (a file: open_clip:NAME/TAG=FILE); tags of "
+                                 f"{self.source}: {', '.join(open_clip.list_pretrained_tags_by_model(self.source))}")
+            pixels = {key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode")}
             settings = {"pretrained": file or tag, "force_quick_gelu": bool(trained.get("quick_gelu")),
-                        "force_preprocess_cfg": {key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
+                        "force_preprocess_cfg": pixels}
         else:
             self.source, settings = f"local-dir:{name.removeprefix('local-dir:')}", {}
             config = os.path.join(name.removeprefix("local-dir:"), "open_clip_config.json")
             if "mean" not in read_json(config, "an open_clip folder has it and the weights").get("preprocess_cfg", {}):
-                raise InputError(f"{config}: needs preprocess_cfg with mean, std and resize_mode; CLIP's would be taken")
+                raise InputError(f"{config}: its preprocess_cfg has no mean; CLIP's would be taken")
         try:
             model, _, steps = open_clip.create_model_and_transforms(self.source, require_pretrained=True, **settings)
             self.tokenizer = open_clip.get_tokenizer(self.source)
@@ -645,29 +632,24 @@ def read_json(path, remedy):
     """The object that a JSON file holds. FileNotFoundError or InputError, each naming the file and what to do."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: {remedy}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
-        raise InputError(f"{path} is not JSON ({error}): {remedy}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no object: {remedy}")
-    return content
+    with open(path, encoding="utf-8") as file:
+        try:
+            return dict(json.load(file))
+        except (ValueError, TypeError, RecursionError) as error:  # no JSON, no UTF-8, no object
+            raise InputError(f"{path} is no JSON object ({error}): {remedy}") from error
 
 
 def write_json(path, content):
-    """Write indented JSON, atomically."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.write("\n")
 
 
 def write_array(path, array):
-    """Write an array as .npy, atomically. ValueError when a float array holds NaN or infinity: float16 ends at 65504,
-    and a feature that fell over that edge must not come back as a score."""
+    """Write an array as .npy, atomically. ValueError for NaN and infinity: float16 ends at 65504, and a feature that
+    fell over that edge must not come back as a score."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(array))} values are not finite in {array.dtype}; the "
-                         "scorer's features overflow or it is broken")
+        raise ValueError(f"{path}: values are not finite in {array.dtype}: the scorer overflows or is broken")
     with replacing(path) as temporary, open(temporary, "wb") as file:  # to a name np.save would append .npy
         np.save(file, array)
 
@@ -678,11 +660,10 @@ def hold(folder, flag):
     file = open(os.path.join(folder, "lock"), "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except OSError as error:
         file.close()
-        raise InputError(f"{folder} is in use by another process, or cannot be locked ({error}): wait for its end, or "
-                         f"choose another {flag}") from error
-    return file
+        raise InputError(f"{folder} is in use by another process ({error}): wait for its end, or choose another {flag}")
 
 
 @dataclass
@@ -712,14 +693,14 @@ class Lines:
         return len(self.starts) - 1
 
     def __getitem__(self, i):
-        i = range(len(self))[i]  # IndexError ends a loop
+        start = int(self.starts[range(len(self))[i]])  # IndexError ends a loop
         with open(self.path, "rb") as file:
-            file.seek(int(self.starts[i]))
-            line = file.readline()
-        try:
-            return self.kind(**json.loads(line.decode("utf-8", "surrogatepass")))  # file names need not be UTF-8
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{self.path}:{i + 1}: not such a line as prepare.py writes ({error}); run it again") from error
+            file.seek(start)
+            try:
+                # surrogatepass: file names need not be UTF-8.
+                return self.kind(**json.loads(file.readline().decode("utf-8", "surrogatepass")))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{self.path}:{i + 1}: no line of prepare.py's ({error}); run it again") from error
 
 
 # Row i of each array belongs to line i of {split}.jsonl. K candidates a pool, best retrieved first.
@@ -740,7 +721,7 @@ def write_split(folder, split, queries, **arrays):
 
 
 def read_manifest(folder):
-    """manifest.json of a data folder, a dict. prepare.py writes it last: FileNotFoundError where it has not finished."""
+    """manifest.json of a data folder, a dict. prepare.py writes it last: FileNotFoundError where it has not ended."""
     path, remedy = os.path.join(folder, "manifest.json"), f"run `python prepare.py --out {folder}` (or `make data`)"
     manifest = read_json(path, f"nothing was prepared here, or it was cut short; {remedy}")
     if manifest.get("version") != 2 or {"scorer", "K", "dim", "root", "splits", "files"} - manifest.keys():
@@ -754,9 +735,8 @@ def same_scorer(folder, manifest, scorer):
     then, dtype = manifest["scorer"], str(scorer.dtype).removeprefix("torch.")
     likeness = float(np.dot(scorer.fingerprint(), then["fingerprint"])) if scorer.dim == manifest["dim"] else 0.0
     if likeness < 0.999 or dtype != then["dtype"]:
-        raise InputError(f"{folder} was prepared with scorer {then['name']} in {then['dtype']}; {scorer.name} in {dtype} "
-                         f"gives other features (cosine {likeness:.4f}): use --scorer {then['name']} --scorer-dtype "
-                         f"{then['dtype']}, or prepare the data again")
+        raise InputError(f"{folder} was prepared with scorer {then['name']} in {then['dtype']}; {scorer.name} in "
+                         f"{dtype} gives other features (cosine {likeness:.4f}): use that one, or prepare the data again")
 
 
 class Data:
@@ -772,32 +752,42 @@ class Data:
         remedy = f"run `python prepare.py --out {folder}` (or `make data`) again"
         if split not in self.manifest["splits"]:
             raise InputError(f"{folder}/manifest.json: no split {split!r}; it has {sorted(self.manifest['splits'])}")
-        for name, entry in self.manifest["files"].items():  # a copy that was cut short or mixed from two runs
-            path = os.path.join(folder, name)
-            if not os.path.isfile(path) or os.path.getsize(path) != entry["bytes"]:
-                raise InputError(f"{path} is not there with the {entry['bytes']} bytes of the manifest; {remedy}")
         if scorer is not None:
             same_scorer(folder, self.manifest, scorer)
-        # The root is stored relative to this folder, so that both can move together. A stranger's must not be all files.
+        # Stored relative to this folder, so that both can move together. A stranger's must not make all files readable.
         self.root = os.path.normpath(os.path.join(folder, self.manifest["root"]))
         if os.path.isabs(self.manifest["root"]) or os.path.realpath(self.root) == "/":
             raise InputError(f"{folder}/manifest.json: root {self.manifest['root']!r} is no folder of images; {remedy}")
-        content = {"K": self.manifest["K"], "files": self.manifest["files"]}
-        self.identity = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-        self.queries = Lines(os.path.join(folder, f"{split}.jsonl"), Query, limit)
-        q, k, d, m, e = len(self.queries), self.manifest["K"], self.manifest["dim"], None, None
-        shapes = {f"{split}_{name}": ((q, d if name == "full" else k), kind) for name, kind in ARRAYS.items()}
-        shapes |= {"kb_image": ((m, d), np.float16), "kb_text": ((e, d), np.float16), "kb_entity": ((m,), np.int32)}
-        for name, (shape, kind) in shapes.items():
-            array = read_array(os.path.join(folder, f"{name}.npy"), kind)
-            array = array[:q] if name.startswith(f"{split}_") else array
-            if len(array.shape) != len(shape) or any(b not in (None, a) for a, b in zip(array.shape, shape)):
-                raise InputError(f"{folder}/{name}.npy: shape {array.shape}, expected {shape}; {remedy}")
-            setattr(self, name.removeprefix(f"{split}_"), array)
-        for start in range(0, q, 1 << 16):  # the one mistake that shapes cannot show: features of another entity
+        content = json.dumps([self.manifest["K"], self.manifest["files"]], sort_keys=True)
+        self.identity = hashlib.sha256(content.encode()).hexdigest()[:12]
+        self.queries = Lines(os.path.join(folder, f"{split}.jsonl"), Query)
+        self.entities = Lines(os.path.join(folder, "kb.jsonl"))
+        q, k, d = len(self.queries), self.manifest["K"], self.manifest["dim"]
+        for name, (kind, shape) in {
+                "kb_entity": (np.int32, (-1,)), "kb_image": (np.float16, (-1, d)),  # -1: any number of images
+                "kb_text": (np.float16, (len(self.entities), d)),
+                **{name: (kind, (q, d if name == "full" else k)) for name, kind in ARRAYS.items()}}.items():
+            path = os.path.join(folder, f"{split}_{name}.npy" if name in ARRAYS else f"{name}.npy")
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise InputError(f"{path}: not a whole .npy file ({error}); {remedy}") from error
+            if array.dtype != kind or array.shape[1:] != shape[1:] or shape[0] not in (-1, len(array)):
+                raise InputError(f"{path}: {array.dtype} {array.shape} where {np.dtype(kind)} {shape} fits; {remedy}")
+            setattr(self, name, array)
+        if len(self.kb_entity) != len(self.kb_image) or not self.images_are_of_their_entities():
+            raise InputError(f"{folder}/{split}_pool_image.npy names images of other entities than its pools; {remedy}")
+        if limit:
+            self.queries = Lines(self.queries.path, Query, limit)
+            vars(self).update({name: getattr(self, name)[:limit] for name in ARRAYS})
+
+    def images_are_of_their_entities(self):
+        """The one mistake that shapes cannot show: features of one entity under the label of another."""
+        for start in range(0, len(self.pool), 1 << 16):  # in parts: [Q, K] of a million queries is 80 MB
             pool, image = self.pool[start:start + (1 << 16)], self.pool_image[start:start + (1 << 16)]
-            if image.min() < 0 or image.max() >= len(self.kb_entity) or not np.array_equal(self.kb_entity[image], pool):
-                raise InputError(f"{folder}/{split}_pool_image.npy names images of other entities than {split}_pool.npy; {remedy}")
+            if image.min() < 0 or image.max() >= len(self.kb_entity) or (self.kb_entity[image] != pool).any():
+                return False
+        return True
 
     def __len__(self):
         return len(self.queries)
@@ -817,15 +807,7 @@ class Data:
 
     def open_image(self, i):
         """Query i's image as PIL RGB; FileNotFoundError or InputError naming image, file and line."""
-        try:
-            return read_image(self.image_path(i))
-        except (FileNotFoundError, InputError) as error:
-            raise type(error)(f"{error}, needed by {self.queries.path}:{i + 1}; restore the file or run prepare.py again"
-                              ) from error
-
-    @cached_property
-    def entities(self):
-        return Lines(os.path.join(self.folder, "kb.jsonl"))
+        return read_image(path := self.image_path(i), f"{path}, needed by {self.queries.path}:{i + 1},")
 
     def entity(self, j):
         """Line j of kb.jsonl: {"entity_id", "title", "text", "images": [paths below the root]}."""
@@ -835,24 +817,13 @@ class Data:
         """Path of the image behind row m of kb_image.npy."""
         j = int(self.kb_entity[m])
         first = int(np.searchsorted(self.kb_entity, j))  # an entity's rows are consecutive, in the order of its images
-        return self.path(self.entity(j)["images"][m - first], f"{self.folder}/kb.jsonl:{j + 1}")
-
-
-def read_array(path, kind):
-    """A .npy file of dtype `kind`, memory-mapped. InputError naming it where it is none; nothing is unpickled."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a .npy file ({error}); run prepare.py again") from error
-    if not isinstance(array, np.ndarray) or array.dtype != kind:
-        raise InputError(f"{path}: expected an array of {np.dtype(kind)}; run prepare.py again")
-    return array
+        return self.path(self.entities[j]["images"][m - first], f"{self.entities.path}:{j + 1}")
 
 
 load_data = Data
 
 
-# --------------------------------------------------------------------------------------------- run files, in TREC's form
+# ------------------------------------------------------------------------------------------ run files, in TREC's form
 
 def trec_id(text):
     """What an id is called in a run file, whose columns are separated by blanks: percent-quoted."""
@@ -872,7 +843,7 @@ def read_trec(path):
                 found.setdefault(query, []).append((-float(score), int(rank), entity))
             except ValueError as error:
                 if line.strip():
-                    raise InputError(f"{path}:{number}: expected `query Q0 entity rank score tag`, found {line[:200]!r}; "
+                    raise InputError(f"{path}:{number}: expected `query Q0 entity rank score tag`, found {line[:99]!r}; "
                                      "blanks in an id are written %20") from error
     return {query: [entity for _, _, entity in sorted(listed)] for query, listed in found.items()}
 
