@@ -577,7 +577,7 @@ class OpenClipScorer(Scorer):
             self.source, _, rest = name.removeprefix("open_clip:").partition("/")
             tag, _, file = rest.partition("=")
             if not (trained := open_clip.get_pretrained_cfg(self.source, tag)):
-                raise InputError(f"{name}: no such model and tag in open_clip (a file: open_clip:NAME/TAG=FILE); tags of "
+                raise InputError(f"{name}: no such model and tag in open_clip (a file: NAME/TAG=FILE); tags of "
                                  f"{self.source}: {', '.join(open_clip.list_pretrained_tags_by_model(self.source))}")
             pixels = {key: trained[key] for key in ("mean", "std", "interpolation", "resize_mode")}
             settings = {"pretrained": file or tag, "force_quick_gelu": bool(trained.get("quick_gelu")),
@@ -736,7 +736,7 @@ def same_scorer(folder, manifest, scorer):
     likeness = float(np.dot(scorer.fingerprint(), then["fingerprint"])) if scorer.dim == manifest["dim"] else 0.0
     if likeness < 0.999 or dtype != then["dtype"]:
         raise InputError(f"{folder} was prepared with scorer {then['name']} in {then['dtype']}; {scorer.name} in "
-                         f"{dtype} gives other features (cosine {likeness:.4f}): use that one, or prepare the data again")
+                         f"{dtype} gives others (cosine {likeness:.4f}): use that one, or prepare the data again")
 
 
 class Data:
@@ -843,7 +843,7 @@ def read_trec(path):
                 found.setdefault(query, []).append((-float(score), int(rank), entity))
             except ValueError as error:
                 if line.strip():
-                    raise InputError(f"{path}:{number}: expected `query Q0 entity rank score tag`, found {line[:99]!r}; "
+                    raise InputError(f"{path}:{number}: expected `query Q0 entity rank score tag`, not {line[:99]!r}; "
                                      "blanks in an id are written %20") from error
     return {query: [entity for _, _, entity in sorted(listed)] for query, listed in found.items()}
 
