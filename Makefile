@@ -20,8 +20,10 @@ PRESET ?= $(if $(filter mini/policy,$(POLICY)),mini,paper)
 WORLD_FLAGS ?=
 PREPARE_FLAGS ?=
 TRAIN_FLAGS ?=
-# Tables 6 and 8 and two extensions beside the paper's main tables; cheap on the embedded world.
-EVAL_FLAGS ?= $(if $(filter world,$(DATASET)),--test-scorer mini/scorer2 --retrieval-stage --samples 4 --fuse .5)
+EVAL_FLAGS ?=
+# Table 6: the same pools and crops by a scorer that the policy has never met. On real data: RESCORE_FLAGS="--scorer NAME".
+RESCORE_FLAGS ?= $(if $(filter world,$(DATASET)),--scorer mini/scorer2) --fuse .5
+QUALITY_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
 SCALE_FLAGS ?=
@@ -58,6 +60,7 @@ RAW := $(if $(filter world,$(DATASET)),$(ROOT)/test.csv)
 POOLS := data/$(DATASET)/manifest.json
 TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
 TABLES := runs/$(RUN)/eval/metrics.json
+RETRIEVED := runs/$(RUN)/eval/retrieval/test.policy.jsonl
 
 ABLATIONS := runs/$(if $(filter-out world,$(DATASET)),$(DATASET)-)ablation
 ABLATED := $(foreach r,$(READINGS),$(SEEDS:%=$(ABLATIONS)/$(r)-seed%/eval/metrics.json))
@@ -78,14 +81,14 @@ data: $(POOLS) ## raw data -> embeddings -> index -> candidate pools, in data/$(
 
 train: $(TRAINED) ## r-GRPO, in runs/$(RUN); goes on where a killed run stopped
 
-eval: $(TABLES) ## every method on the test split, and the paper's tables, in runs/$(RUN)/eval
+eval: $(RETRIEVED) ## every method on the test split, and the paper's tables, in runs/$(RUN)/eval
 
-tables: $(TABLES) | $(READY) ## all tables with intervals and tests, as text, Markdown and LaTeX, in runs/$(RUN)/report
+tables: $(RETRIEVED) | $(READY:run.stamp=dev.stamp) ## all tables with intervals and tests, as text, Markdown and LaTeX, in runs/$(RUN)/report
 	$(REPORT) --tables-only
 
 ablations: $(ABLATED) ## READINGS x SEEDS (48 runs of 2-3 minutes on a core) in $(ABLATIONS); goes on where it was stopped
 
-report: $(TABLES) | $(READY:run.stamp=dev.stamp) ## the tables and one page with plots and pictures: report/report.html
+report: $(RETRIEVED) | $(READY:run.stamp=dev.stamp) ## the tables and one page with plots and pictures: report/report.html
 	$(REPORT)
 
 test: $(READY:run.stamp=dev.stamp) ## all tests
@@ -96,7 +99,7 @@ mini: | $(READY) ## build the stand-in models mini/scorer, mini/policy and mini/
 	$(PY) -m mini.pretrain
 
 demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000 (DEMO_PORT=8000)
-	$(PY) -m tools.rerank --serve $(DEMO_PORT) --data data/$(DATASET) --run runs/$(RUN)
+	$(PY) -m tools.demo --port $(DEMO_PORT) --data data/$(DATASET) --run runs/$(RUN)
 
 bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
 	$(PY) -m tools.bench $(BENCH_FLAGS)
@@ -139,15 +142,21 @@ $(TRAINED): $(POOLS) | $(READY)
 	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) --run runs/$(RUN) \
 	    --seed $(SEED) $(if $(wildcard runs/$(RUN)/state.pt),--resume) $(TRAIN_FLAGS)
 
+# metrics.json is evaluate.py's last file. Tables 6, 7 and 8 are made from its rows, without a policy.
 $(TABLES): $(TRAINED) | $(READY)
 	$(PY) evaluate.py --data data/$(DATASET) --run runs/$(RUN) --split test $(EVAL_FLAGS)
+
+$(RETRIEVED): $(TABLES)
+	$(PY) -m tools.rescore --data data/$(DATASET) --run runs/$(RUN) --split test $(RESCORE_FLAGS)
+	$(PY) -m tools.crop_quality --data data/$(DATASET) --run runs/$(RUN) --split test $(QUALITY_FLAGS)
+	$(PY) -m tools.retrieve --data data/$(DATASET) --run runs/$(RUN) --split test
 
 # One pattern for all of Table 5: runs/ablation/<reading>-seed<k>. The two words of the stem name flags and seed.
 $(ABLATED): $(ABLATIONS)/%/eval/metrics.json: $(POOLS) | $(READY)
 	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) \
 	    --run $(ABLATIONS)/$* --seed $(lastword $(subst -seed, ,$*)) \
 	    $(if $(wildcard $(ABLATIONS)/$*/state.pt),--resume) $(TRAIN_FLAGS) $(flags.$(firstword $(subst -seed, ,$*)))
-	$(PY) evaluate.py --data data/$(DATASET) --run $(ABLATIONS)/$* --split test --methods full,policy --sheet 0
+	$(PY) evaluate.py --data data/$(DATASET) --run $(ABLATIONS)/$* --split test --methods full,policy
 
 $(filter $(ABLATIONS)/shy%,$(ABLATED)): $(SHY)
 
