@@ -33,8 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
 
@@ -362,15 +362,16 @@ def read_tensors(files, device, dtype, towers):
     """{our name: tensor on `device` in `dtype`} of weight files, those of a tower that is not asked for left out."""
     tensors, apart = {}, {}  # apart: {name: {"q" | "k" | "v": tensor}} of those that Hugging Face keeps apart
     others = tuple(f"{tower}." for tower in TOWERS if tower not in towers)
-    for stored, tensor in ((name, tensor) for file in files for name, tensor in open_weights(file).items()):
+    for stored, get in (entry for file in files for entry in open_weights(file)):
         name = stored
         for theirs, ours in RENAMES:
             name = re.sub(theirs, ours, name)
         if name.startswith(others) or name.endswith(("position_ids", "attn_mask")):  # buffers of other programs
             continue
+        tensor = get()
         if not tensor.is_floating_point():  # quantised, say: without their scales the numbers mean nothing
             raise InputError(f"{files[0]}: tensor {stored} is of {tensor.dtype}, no floating-point numbers")
-        tensor = tensor.to(device, dtype)
+        tensor = tensor.to(device, dtype, copy=True)  # a view of the file would change with it
         # Smallest and largest show NaN and infinity without a second tensor. After the cast: fp16 ends at 65504.
         if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise InputError(f"{files[0]}: tensor {stored} holds NaN or infinity in {tensor.dtype}")
@@ -386,10 +387,11 @@ def read_tensors(files, device, dtype, towers):
 
 
 def open_weights(path):
-    """{name: tensor} of one weight file, memory-mapped, wrappers taken off. InputError where it is cut short."""
+    """[(name, function that gives the tensor)] of one memory-mapped weight file, wrappers taken off."""
     try:
         if path.endswith(".safetensors"):
-            return load_file(path)
+            file = safe_open(path, framework="pt")
+            return [(name, lambda name=name: file.get_tensor(name)) for name in file.keys()]
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     # torch raises RuntimeError for what is no (whole) archive; its unpickler's error has no name of its own in torch.
     except (SafetensorError, RuntimeError, OSError, EOFError, torch.serialization.pickle.UnpicklingError) as error:
@@ -399,7 +401,8 @@ def open_weights(path):
     while wrapped := [content[key] for key in ("state_dict", "model", "module")
                       if isinstance(content, dict) and isinstance(content.get(key), dict)]:
         content = wrapped[0]
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    found = content.items() if isinstance(content, dict) else ()
+    return [(name, lambda tensor=tensor: tensor) for name, tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def read_config(tensors, files):
@@ -589,14 +592,17 @@ class OpenClipScorer(Scorer):
                 raise InputError(f"{config}: its preprocess_cfg has no mean; CLIP's would be taken")
         try:
             model, _, steps = open_clip.create_model_and_transforms(self.source, require_pretrained=True, **settings)
-            self.tokenizer = open_clip.get_tokenizer(self.source)
         # A state that does not fit is a RuntimeError; the others come from damaged files and from being offline.
         except (RuntimeError, OSError, EOFError, KeyError, ValueError, SafetensorError,
                 torch.serialization.pickle.UnpicklingError) as error:
-            raise InputError(f"{name}: open_clip cannot load its weights or tokenizer, or fetch them: {brief(error)}"
-                             ) from error
+            raise InputError(f"{name}: open_clip cannot load its weights, or fetch them: {brief(error)}") from error
         self.model, self.preprocess = model.to(self.device, self.dtype).eval(), Preprocess(steps=steps)
         self.dim = open_clip.get_model_config(self.source)["embed_dim"]
+
+    @cached_property
+    def tokenizer(self):  # training embeds no text, so it may be missing there
+        import open_clip
+        return open_clip.get_tokenizer(self.source)
 
     def token_ids(self, texts):
         return self.tokenizer(texts)
