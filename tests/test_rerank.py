@@ -10,25 +10,23 @@ A query image is 64 x 64, left half red, right half blue; its mean colour is pur
 The digit that ends a question says what the policy answers: see SAYS.
 """
 
-import base64
-import http.client
-import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from policy import Action, load_policy
-from scorer import POOL_VERSION, Query, crop, fuse, load_scorer, read_image, scores, write_array, write_json, write_pool
+from scorer import (
+    InputError, Query, crop, fuse, load_data, load_scorer, scores, trec_id, write_array, write_json, write_split,
+)
 from tools import rerank as tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,10 +38,10 @@ SAYS = {0: (LEFT, .9), 1: (RIGHT, .6), 2: (LEFT, .1), 3: None}  # box, p(REGION)
 
 class ColourScorer:
     """Feature of an image = its mean colour, of a text = the colour it names. Counts what it encodes."""
-    name, identity, dim, batch_size = "colours", "colours@1", 3, 3
+    name, dim, batch_size, device, dtype = "colours", 3, 3, torch.device("cpu"), torch.float32
 
-    def __init__(self):
-        self.images, self.texts = 0, 0
+    def __init__(self, direction=(.6, .8, 0)):
+        self.images, self.texts, self.direction = 0, 0, direction
 
     def image_features(self, images):
         self.images += len(images)
@@ -53,8 +51,13 @@ class ColourScorer:
         self.texts += len(texts)
         return np.array([COLOURS[text] for text in texts], np.float32)
 
+    def fingerprint(self):
+        return np.array(self.direction, np.float32)
+
 
 class ScriptedPolicy:
+    max_new_tokens = 256
+
     def __init__(self):
         self.asked = []
 
@@ -68,9 +71,9 @@ class ScriptedPolicy:
             if said is None:
                 actions.append(Action("MALFORMED", None, None, "a box, perhaps"))
             elif force == "REGION" or (force is None and said[1] > .5):
-                actions.append(Action("REGION", said[0], said[1], "box"))
+                actions.append(Action("REGION", said[0], said[1], "REGION's text"))
             else:
-                actions.append(Action("FULL", None, said[1], "full"))
+                actions.append(Action("FULL", None, said[1], "FULL's text"))
         return actions
 
 
@@ -80,13 +83,14 @@ def two_halves():
     return Image.fromarray(picture)
 
 
-def squares(names=NAMES):
-    return [(Image.new("RGB", (8, 8), COLOURS[name]), "") for name in names]
+def square(name):
+    return Image.new("RGB", (8, 8), COLOURS[name])
 
 
 def ranked(question, **how):
     """Ranking of the four colours by name, and the Reranking."""
-    found = tool.rerank(two_halves(), question, squares(), ScriptedPolicy(), ColourScorer(), **how)
+    pairs = [(square(name), "") for name in NAMES]
+    found = tool.rerank(two_halves(), question, pairs, ScriptedPolicy(), ColourScorer(), **how)
     return [NAMES[k] for k in found.ranking], found
 
 
@@ -112,14 +116,19 @@ def test_rerank_by_hand(question, order, after, size):
     ("0", .89, "REGION"), ("0", .9, "FULL"),  # p .9 is not above .9
     ("2", .05, "REGION"), ("2", .1, "FULL"), ("1", None, "REGION"), ("1", .6, "FULL"), ("1", .0, "REGION")])
 def test_threshold(question, threshold, decision):
+    """Whichever way it goes, text and box are those of the decision, and p(REGION | x) is what it was."""
     _, found = ranked(question, threshold=threshold)
-    assert found.action.decision == decision
-    assert found.action.p_region == SAYS[int(question)][1]  # whichever way it went
+    said = SAYS[int(question)]
+    assert found.action == Action(decision, said[0] if decision == "REGION" else None, said[1], f"{decision}'s text")
     assert (found.view.size == (32, 64)) == (decision == "REGION")
 
 
-def test_threshold_needs_an_exact_probability():
-    with pytest.raises(ValueError, match="grammar"):
+def test_threshold_asks_again_only_where_the_decision_changes():
+    policy, image = ScriptedPolicy(), two_halves()
+    found = tool.decide(policy, [image] * 3, ["0", "1", "2"], "grammar", .8, None)
+    assert [action.decision for action in found] == ["REGION", "FULL", "FULL"]
+    assert policy.asked == [(3, "grammar", None), (1, "grammar", "FULL")]
+    with pytest.raises(InputError, match="grammar"):
         ranked("0", decode="free", threshold=.5)
 
 
@@ -134,27 +143,16 @@ def test_candidates_can_be_features():
     found = tool.rerank(two_halves(), "0", features, ScriptedPolicy(), scorer)
     assert found.ranking == [1, 0, 2, 3]
     assert scorer.images == 2  # the full image and the crop
+    with pytest.raises(InputError, match="no candidates"):
+        tool.rerank(two_halves(), "0", [], ScriptedPolicy(), ColourScorer())
 
 
 def test_text_of_a_candidate_counts():
     """Eq. 3: red image + text "blue" = (255, 0, 255), purple's direction: cosine 1 with the full image."""
-    pairs = [(Image.new("RGB", (8, 8), COLOURS["red"]), text) for text in ("", "blue", None, "red", " ")]
+    pairs = [(square("red"), text) for text in ("", "blue", None, "red", " ")]
     found = tool.rerank(two_halves(), "2", pairs, ScriptedPolicy(), ColourScorer())
     np.testing.assert_allclose(found.after, [HALF, 1, HALF, HALF, HALF], atol=1e-6)
     assert found.ranking == [1, 0, 2, 3, 4]
-
-
-def test_known_features_are_not_encoded_again(tmp_path):
-    scorer, known, paths = ColourScorer(), {}, []
-    for name in NAMES:
-        paths.append(str(tmp_path / f"{name}.png"))
-        Image.new("RGB", (8, 8), COLOURS[name]).save(paths[-1])
-    first = tool.candidate_features([(paths[0], "red"), (paths[1], "red"), (paths[0], "")], scorer, known)
-    assert (scorer.images, scorer.texts) == (2, 1)
-    again = tool.candidate_features([(paths[2], "blue"), (paths[0], "red"), (squares()[3][0], "")], scorer, known)
-    assert (scorer.images, scorer.texts) == (4, 2)
-    np.testing.assert_array_equal(first[0], again[1])
-    assert sum(kind == "image" for kind, _ in known) == 3  # an image object is not kept: its id may come back
 
 
 def test_many_at_once_equal_one_by_one():
@@ -170,73 +168,60 @@ def test_many_at_once_equal_one_by_one():
         np.testing.assert_array_equal(found.after, alone.after)
 
 
-def test_nothing_to_rank():
-    with pytest.raises(ValueError, match="no candidates"):
-        tool.rerank(two_halves(), "0", [], ScriptedPolicy(), ColourScorer())
+def test_images_that_are_not_rgb_are_read_as_files_are():
+    """Transparent parts are white and 16 bits are 8, also of a PIL image."""
+    assert tool.open_image(Image.new("RGBA", (8, 8), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((8, 8), 20000, np.uint16))
+    assert tool.open_image(deep).getpixel((0, 0)) == (78, 78, 78)  # 20000 // 256; convert() alone gives 255
 
 
-# ------------------------------------------------------------------------------------------------------- files -> pools
+# ------------------------------------------------------------------------------------------------- candidates in files
 
 def paint(folder, names=NAMES, suffix=".png"):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        Image.new("RGB", (8, 8), COLOURS[name]).save(folder / f"{name}{suffix}")
+        square(name).save(folder / f"{name}{suffix}")
     return folder
 
 
-def test_read_folder(tmp_path):
+def test_folder_of_candidates(tmp_path, capsys):
     folder = paint(tmp_path / "c")
     (folder / "red.txt").write_text(" blue \n")
     (folder / "orphan.txt").write_text("no image")
     (folder / "notes.md").write_text("")
-    found, others = tool.read_folder(folder)
+    found = tool.read_candidates(str(folder))
     assert [(c.name, c.text) for c in found] == [("blue", ""), ("green", ""), ("purple", ""), ("red", "blue")]
-    assert others == 2
-
-
-def test_folders_that_will_not_do(tmp_path):
-    folder = tmp_path / "c"
-    folder.mkdir()
-    (folder / "notes.md").write_text("")
-    with pytest.raises(ValueError, match="no images.*1 other file"):
-        tool.read_folder(folder)
-    paint(folder, ["red"], ".png")
+    assert "2 files are neither an image nor the text of one" in capsys.readouterr().err
     paint(folder, ["red"], ".jpg")
-    with pytest.raises(ValueError, match="red.jpg and red.png would be one candidate"):
-        tool.read_folder(folder)
+    with pytest.raises(InputError, match="'red' is there twice, as .*red.jpg and .*red.png"):
+        tool.read_candidates(str(folder))
+    (folder / "red.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="red.txt: not UTF-8"):
+        tool.read_candidates(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no candidates"):
+        tool.read_candidates(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ('{"image": "red.png"}\n{"image": "red.png"}', "'red.png' is there twice"),
-    ('{"image": "red.png"}\n{"image": ""}', ":2: 'image' must be a text that is not empty"),
-    ('{"image": "red.png", "text": 3}', ":1: 'text' must be a text"),
-    ('{"text": "red"}', ":1: 'image' must be"), ("[1]", ":1: expected an object"), ("{", ":1: not JSON"),
-    ("[" * 100_000, ":1: not JSON"), ("\n", "no candidates")])
+    (b'{"image": "red.png"}\n{"image": "red.png"}', "'red.png' is there twice"),
+    (b'{"image": "red.png"}\n{"image": ""}', ":2: 'image' must be a text that is not empty"),
+    (b'{"image": "red.png", "text": 3}', ":1: 'text' must be a text"),
+    (b'{"text": "red"}', ":1: 'image' must be"), (b"[1]", ":1: expected an object"), (b"{", ":1: not JSON"),
+    (b"[" * 100_000, ":1: not JSON"), (b"9" * 5000, ":1: not JSON"), (b'{"image": "\xff"}', ":1: not JSON"),
+    (b'{"image": "\\ud83d"}', ":1: half a surrogate pair"), (b"\n", "no candidates")])
 def test_lists_that_will_not_do(tmp_path, text, complaint):
-    (tmp_path / "c.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(complaint)):
-        tool.read_list(str(tmp_path / "c.jsonl"))
+    (tmp_path / "c.jsonl").write_bytes(text)
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        tool.read_candidates(str(tmp_path / "c.jsonl"))
 
 
-def test_read_list(tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"image": "a/red.png", "text": "blue"}\n\n{"image": "/b.png", "name": "n"}\n')
-    assert tool.read_list(str(tmp_path / "c.jsonl")) == [("a/red.png", f"{tmp_path}/a/red.png", "blue"),
-                                                         ("n", "/b.png", "")]
-
-
-def test_run_is_read_by_score(tmp_path):
-    """As trec_eval does; the rank column says otherwise here. Equal scores keep the order of the file."""
-    (tmp_path / "r.trec").write_text("q Q0 a 1 .1 t\nq Q0 b 2 .5 t\np Q0 a 1 1 t\n\nq Q0 c 3 .1 t\n")
-    assert tool.read_run(str(tmp_path / "r.trec")) == {"q": ["b", "a", "c"], "p": ["a"]}
-
-
-@pytest.mark.parametrize("text, complaint", [
-    ("q Q0 a 1 .1", ":1: 5 columns"), ("q Q0 a 1 .1 t\nq Q0 a 2 .1 t", ":2: document a is there twice"),
-    ("q Q0 a 1 high t", ":1: 'high' is no score"), ("", "empty run")])
-def test_runs_that_will_not_do(tmp_path, text, complaint):
-    (tmp_path / "r.trec").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(complaint)):
-        tool.read_run(str(tmp_path / "r.trec"))
+def test_list_of_candidates(tmp_path):
+    """Paths are relative to the file; U+2028 ends a line for str.splitlines, not in JSON."""
+    text = '{"image": "a/red.png", "text": "blue\u2028sky"}\n\n{"image": "/b.png", "name": "n"}\n'
+    (tmp_path / "c.jsonl").write_text(text, encoding="utf-8")
+    assert tool.read_candidates(str(tmp_path / "c.jsonl")) == [
+        ("a/red.png", f"{tmp_path}/a/red.png", "blue\u2028sky"), ("n", "/b.png", "")]
 
 
 # ------------------------------------------------------------------------------------------- a prepared knowledge base
@@ -251,40 +236,39 @@ def build(tmp_path):
     paint(raw)
     for folder in (data, run / "adapter"):
         folder.mkdir(parents=True)
-    mixed = [tuple((np.array(COLOURS[name]) + (0, 90, 0)) // 2) for name in NAMES]
+    mixed = [tuple(int(x) // 2 for x in np.array(COLOURS[name]) + (0, 90, 0)) for name in NAMES]
     for name, colour in zip(NAMES, mixed):
-        Image.new("RGB", (8, 8), tuple(int(x) for x in colour)).save(raw / f"{name}-2.png")
+        Image.new("RGB", (8, 8), colour).save(raw / f"{name}-2.png")
     for i in SAYS:
         two_halves().save(raw / f"q{i}.png")
-    write_pool(data / "test.jsonl", [Query(f"q {i}", f"q{i}.png", f"What is this, {i}", [0, 1, 2], [0, 2, 4],
-                                           [0, int(i == 0), 0], [1., .7, .7]) for i in SAYS])
+    write_split(data, "test", [Query(f"q {i}", f"q{i}.png", f"What is this, {i}", ENTITIES[1:2]) for i in SAYS],
+                pool=[[0, 1, 2]] * 4, pool_image=[[0, 2, 4]] * 4, labels=[[0, i == 0, 0] for i in SAYS],
+                retrieval=[[1., .7, .7]] * 4, full=[(127.5, 0, 127.5)] * 4)
     with open(data / "kb.jsonl", "w", encoding="utf-8") as file:
         for name, entity in zip(NAMES, ENTITIES):
             file.write(json.dumps({"entity_id": entity, "title": f"The <b>{name}</b>", "text": "",
                                    "images": [f"{name}.png", f"{name}-2.png"]}) + "\n")
-    write_array(data / "test_full.npy", np.full((4, 3), (127.5, 0, 127.5), np.float16))
     both = [colour for pair in zip(COLOURS.values(), mixed) for colour in pair]
     write_array(data / "kb_image.npy", np.array(both, np.float16))
     write_array(data / "kb_text.npy", np.zeros((4, 3), np.float16))
     write_array(data / "kb_entity.npy", np.repeat(np.arange(4, dtype=np.int32), 2))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in data.iterdir()}
     write_json(data / "manifest.json", {
-        "version": POOL_VERSION, "dataset": "colours", "root": "../raw", "args": {}, "scorer": "colours@1",
-        "scorer_name": "colours", "K": 3, "dim": 3, "files": files, "packages": {},
-        "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 1}},
-        "kb": {"entries_read": 4, "kept": 4, "images": 8, "dropped": {}}})
+        "version": 2, "dataset": "colours", "root": "../raw", "args": {}, "K": 3, "dim": 3,
+        "scorer": {"name": "colours", "dtype": "float32", "fingerprint": [.6, .8, 0]},
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in data.iterdir()},
+        "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 1}}})
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     write_json(run / "config.json", {"args": {"decode": "grammar"}, "policy": "scripted", "scorer": "colours",
-                                     "data": str(data)})
+                                     "data": str(data), "system_prompt": "Crop or not?\n"})
     return tmp_path
 
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """The models that the command loads, and what it said when it loaded the policy."""
-    found = SimpleNamespace(scorer=ColourScorer(), policy=ScriptedPolicy(), loaded=[])
-    monkeypatch.setattr(tool, "load_scorer", lambda name, device, dtype=None: found.scorer)
-    monkeypatch.setattr(tool, "load_policy", lambda name, **how: found.loaded.append((name, how)) or found.policy)
+    """The models that the command loads, and how it asked for them."""
+    found = SimpleNamespace(scorer=ColourScorer(), policy=ScriptedPolicy(), policies=[], scorers=[])
+    monkeypatch.setattr(tool, "load_scorer", lambda *asked: found.scorers.append(asked) or found.scorer)
+    monkeypatch.setattr(tool, "load_policy", lambda name, **how: found.policies.append((name, how)) or found.policy)
     return found
 
 
@@ -296,7 +280,11 @@ def world(tmp_path, fakes):
 
 def run(world, capsys, *arguments):
     """Standard output of the command."""
-    tool.main(["--run", str(world / "run"), *map(str, arguments)])
+    try:
+        tool.main(["--run", str(world / "run"), "--device", "cpu", *map(str, arguments)])
+    except SystemExit as stopped:
+        if stopped.code not in (0, 1):
+            raise
     return capsys.readouterr().out
 
 
@@ -304,43 +292,37 @@ def names_of(text):
     return [row["name"] for row in json.loads(text)["candidates"]]
 
 
-def test_retrieval_finds_what_a_loop_finds(tmp_path):
-    """Random features, one to four images an entity: the K best entities by their best image, and which it was."""
-    rng = np.random.default_rng(0)
-    owners = np.repeat(np.arange(30), rng.integers(1, 5, 30)).astype(np.int32)
-    image = rng.normal(size=(len(owners), 6)).astype(np.float16)
-
-    class Kb:
-        manifest, kb_entity, kb_image, kb_text = {"K": 7, "args": {}}, owners, image, np.zeros((30, 6), np.float16)
-
-        @staticmethod
-        def entity(j):
-            return {"entity_id": f"e{j}", "title": ""}
-
-    pools = tool.Pools(None, Kb)
-    for query in rng.normal(size=(20, 6)).astype(np.float32):
-        cosine = [float(v @ query / np.linalg.norm(v) / np.linalg.norm(query)) for v in image.astype(np.float32)]
-        best = {}
-        for m in sorted(range(len(owners)), key=lambda m: -cosine[m]):
-            best.setdefault(int(owners[m]), m)
-        found = pools.retrieved(query)
-        assert found.names == [f"e{j}" for j in list(best)[:7]]
-        assert found.rows == list(best.values())[:7]
-        np.testing.assert_allclose(found.features, fuse(image[found.rows]), atol=1e-6)
-
-
 def test_query_of_the_data(world, capsys, fakes):
-    """q 0 crops to the left: red first. --query alone takes the pool that prepare.py stored."""
+    """q 0 crops to the left: red first. --query alone takes the pool that prepare.py stored. The models are the run's:
+    the system prompt to the letter (a newline at its end is a token), the scorer in the type of the data."""
     found = json.loads(run(world, capsys, "--query", "q 0", "--json"))
     assert found["question"] == "What is this, 0" and found["decision"] == "REGION" and found["box"] == list(LEFT)
     assert [(row["name"], row["rank"], row["rank_before"]) for row in found["candidates"]] == [
         (ENTITIES[1], 1, 2), (ENTITIES[0], 2, 1), (ENTITIES[2], 3, 3)]
-    assert fakes.loaded == [("scripted", {"adapter": str(world / "run" / "adapter"), "device": "cpu",
-                                          "max_pixels": None, "system_prompt": None, "dtype": None})]
+    assert fakes.scorers == [("colours", "cpu", "float32")]
+    assert fakes.policies == [("scripted", {"adapter": str(world / "run" / "adapter"), "device": "cpu", "dtype": None,
+                                            "max_pixels": None, "system_prompt": "Crop or not?\n"})]
+
+
+def test_models_as_they_were_trained(world, capsys, fakes):
+    """Types of weights: the flag, else the run's and the data's; data that is not there leaves it to the device."""
+    config = json.loads((world / "run" / "config.json").read_text())
+    config["args"] |= {"policy_dtype": "bfloat16", "max_new_tokens": 5, "max_pixels": 784}
+    write_json(world / "run" / "config.json", config)
+    run(world, capsys, "--query", "q 0")
+    assert fakes.policy.max_new_tokens == 5 and fakes.policy.keep_prefix
+    run(world, capsys, "--query", "q 0", "--policy-dtype", "float32")
+    assert [(how["dtype"], how["max_pixels"]) for _, how in fakes.policies] == [("bfloat16", 784), ("float32", 784)]
+    run(world, capsys, "--query", "q 0", "--scorer-dtype", "float16")
+    (world / "data").rename(world / "gone")
+    own = ["--image", world / "raw" / "q0.png", "--question", "What, 0", "--candidates", world / "raw"]
+    run(world, capsys, *own)
+    run(world, capsys, *own, "--data", world / "gone", "--scorer", "mine")
+    assert fakes.scorers[2:] == [("colours", "cpu", "float16"), ("colours", "cpu", None), ("mine", "cpu", "float32")]
 
 
 def test_table(world, capsys):
-    lines = run(world, capsys, "--query", "q 0", "--device", "cpu").splitlines()
+    lines = run(world, capsys, "--query", "q 0").splitlines()
     assert lines[1] == "REGION (0, 0, 32, 64) of 64 x 64 pixels, p(REGION) 0.900"
     assert lines[3].split() == ["1", "2", "1.000", "0.707", "The", "<b>red</b>"]
     assert "cannot be read" in run(world, capsys, "--query", "q 3").splitlines()[1]
@@ -353,6 +335,25 @@ def test_own_image_is_retrieved_for(world, capsys):
     assert names_of(run(world, capsys, *own, "--k", "1")) == [ENTITIES[0]]
 
 
+def test_retrieval_is_that_of_a_loop():
+    """Random features, one to four images an entity: the K best entities by their best image, and which it was."""
+    rng = np.random.default_rng(0)
+    owners = np.repeat(np.arange(30), rng.integers(1, 5, 30)).astype(np.int32)
+    image = rng.normal(size=(len(owners), 6)).astype(np.float16)
+    models = tool.Models.__new__(tool.Models)
+    models.wanted, models.scorer = 7, ColourScorer()
+    models.data = SimpleNamespace(kb_entity=owners, kb_image=image, kb_text=np.zeros((30, 6), np.float16),
+                                  manifest={"args": {}}, entity=lambda j: {"entity_id": f"e{j}", "title": ""})
+    for query in rng.normal(size=(20, 6)).astype(np.float32):
+        cosine = [float(v @ query / np.linalg.norm(v) / np.linalg.norm(query)) for v in image.astype(np.float32)]
+        best = {}
+        for m in sorted(range(len(owners)), key=lambda m: -cosine[m]):
+            best.setdefault(int(owners[m]), m)
+        found = models.pool(tool.Job("", None, "?"), query)
+        assert (found.names, found.rows) == ([f"e{j}" for j in list(best)[:7]], list(best.values())[:7])
+        np.testing.assert_allclose(found.features, fuse(image[found.rows]), atol=1e-6)
+
+
 def test_folder_and_box_picture(world, capsys):
     output = run(world, capsys, "--image", world / "raw" / "q0.png", "--question", "0", "--candidates",
                  paint(world / "c"), "--save-image", world / "out.png", "--json")
@@ -362,28 +363,45 @@ def test_folder_and_box_picture(world, capsys):
         assert picture.size == (64, 64) and picture.getpixel((31, 63)) == (255, 0, 0)
         assert picture.getpixel((32, 63)) == (0, 0, 255)
     assert not list(world.glob("*.tmp"))
+    with pytest.raises(SystemExit, match="no-such-folder"):
+        run(world, capsys, "--query", "q 0", "--save-image", world / "no-such-folder" / "a.png")
+    assert "REGION" in capsys.readouterr().out  # the ranking is not lost with it
 
 
-def test_notes_what_a_folder_holds_besides(world, capsys):
-    (paint(world / "c") / "notes.md").write_text("")
-    tool.main(["--run", str(world / "run"), "--image", str(world / "raw" / "q0.png"), "--question", "0",
-               "--candidates", str(world / "c")])
-    assert "1 files are neither" in capsys.readouterr().err
+def trec(path, queries, scored):
+    path.write_text("".join(f"{query} Q0 {trec_id(ENTITIES[NAMES.index(name)])} 0 {score} t\n" for query in queries
+                            for name, score in scored))
 
 
 def test_trec_run(world, capsys):
-    """Document names have their blanks quoted, as evaluate.py writes them; --k cuts the run, best first."""
-    (world / "r.trec").write_text("".join(
-        f"{query} Q0 https://w/{name}%20one 0 {score} t\n" for query in ("q%200", "other")
-        for name, score in (("green", .1), ("blue", .2), ("red", .3))))
+    """Document names have their blanks quoted, as evaluate.py writes them; --k cuts the run, best first; twice is once."""
+    trec(world / "r.trec", ["q%200", "other"], [("green", .1), ("blue", .2), ("red", .3), ("red", .15)])
     arguments = ["--candidates", world / "r.trec", "--json"]
     assert names_of(run(world, capsys, "--query", "q 0", *arguments)) == [ENTITIES[1], ENTITIES[2], ENTITIES[3]]
     assert names_of(run(world, capsys, "--query", "q 0", *arguments, "--k", "2")) == [ENTITIES[1], ENTITIES[2]]
+    own = ["--image", world / "raw" / "q0.png", "--question", "0"]
     with pytest.raises(SystemExit, match="has 2 queries, the first is q%200: say which by --query"):
-        run(world, capsys, "--image", world / "raw" / "q0.png", "--question", "0", *arguments)
-    (world / "r.trec").write_text("q%200 Q0 nobody 0 1 t\n")
-    with pytest.raises(SystemExit, match="nobody of query q%200 is no entity"):
-        run(world, capsys, "--query", "q 0", *arguments)
+        run(world, capsys, *own, *arguments)
+    with pytest.raises(SystemExit, match="no query 'q 1' in this run; it has 2"):
+        run(world, capsys, "--query", "q 1", *arguments)
+    trec(world / "r.trec", ["mine"], [("blue", .2)])
+    assert names_of(run(world, capsys, *own, *arguments)) == [ENTITIES[2]]
+    for text, complaint in (("nobody 0 1 t", "nobody of query q%200 is no entity"), ("a 0 nan t", "r.trec:1: expected")):
+        (world / "r.trec").write_text(f"q%200 Q0 {text}\n")
+        with pytest.raises(SystemExit, match=complaint):
+            run(world, capsys, "--query", "q 0", *arguments)
+
+
+def test_image_of_an_entity_is_chosen_as_for_the_pools(world, capsys):
+    """blue's images: blue and (0, 45, 127). Nearest to the query is blue, row 4; so it is when `first` was asked for."""
+    path = world / "data" / "kb_image.npy"
+    write_array(path, np.load(path)[[0, 1, 2, 3, 5, 4, 6, 7]])
+    models = tool.Models(tool.parse_args(["--run", str(world / "run"), "--query", "q 0"]))
+    trec(world / "r.trec", ["x"], [("blue", 1)])
+    full = np.array([1, 0, 1], np.float32)
+    assert models.pool(tool.Job("x", None, "", run=str(world / "r.trec")), full).rows == [5]
+    models.data.manifest["args"]["candidate_image"] = "first"
+    assert models.pool(tool.Job("x", None, "", run=str(world / "r.trec")), full).rows == [4]
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -397,17 +415,17 @@ def test_trec_run(world, capsys):
     (["--query", "q 0", "--data", "{}/none"], "manifest.json is missing"),
     (["--query", "q 0", "--policy", "p", "--run", ""], "no scorer"),
     (["--query", "q 0", "--policy", "p", "--scorer", "s", "--run", ""], "give --data"),
-    (["--batch", "{}/none.jsonl", "--out", "{}/out.jsonl"], "none.jsonl"),
-])
+    (["--query", "q 0", "--question", "<|im_end|>"], "special token"),
+    (["--batch", "{}/none.jsonl", "--out", "{}/out.jsonl"], "none.jsonl")])
 def test_complaints(world, capsys, arguments, complaint):
     with pytest.raises(SystemExit, match=re.escape(complaint)):
         run(world, capsys, *(argument.format(world) for argument in arguments))
 
 
 @pytest.mark.parametrize("arguments", [
-    "", "--image q.png", "--image q.png --question x --serve", "--batch a.jsonl", "--query x --out b.jsonl",
-    "--batch a.csv --out b.jsonl", "--query x --k 0", "--query x --threshold 1.5", "--serve 70000",
-    "--query x --threshold .5 --decode free", "--query x --save-image box.gif", "--query x --batch-size 0"])
+    "", "--image q.png", "--image q.png --question x --batch a.jsonl --out b.jsonl", "--batch a.jsonl",
+    "--query x --out b.jsonl", "--batch a.csv --out b.jsonl", "--query x --k 0", "--query x --threshold 1.5",
+    "--query x --threshold nan", "--query x --save-image box.gif", "--query x --batch-size 0"])
 def test_arguments_that_will_not_do(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         tool.parse_args(arguments.split())
@@ -417,258 +435,90 @@ def test_arguments_that_will_not_do(arguments, capsys):
 # -------------------------------------------------------------------------------------------------------- many queries
 
 def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def write_batch(world):
+@pytest.fixture
+def many(world):
+    """Arguments of a batch with four good lines (one by the id of a query alone) and nine bad ones."""
     paint(world / "c")
     pairs = [{"image": f"c/{name}.png", "name": name} for name in NAMES]
     good = [{"id": f"b{i}", "image": "raw/q0.png", "question": str(i), "candidates": pairs} for i in (0, 1, 2)]
-    bad = ["{", json.dumps({**good[0], "question": "again 0"}), json.dumps({**good[0], "id": "x", "image": "no.png"}),
-           json.dumps({**good[0], "id": "y", "question": "<|im_end|>"}), json.dumps({"id": "z", "candidates": []}),
-           json.dumps({**good[0], "id": "w", "candidates": []}), json.dumps({**good[0], "id": "v", "run": "r.trec"})]
-    text = [json.dumps(good[0]), bad[0], json.dumps(good[1]), *bad[1:], "", json.dumps({"id": "q 0"}),
-            json.dumps(good[2])]
-    (world / "in.jsonl").write_text("\n".join(text))
+    lines = [good[0], "{", good[1], {**good[0], "question": "again 0"}, {**good[0], "id": "x", "image": "no.png"},
+             {**good[0], "id": "y", "question": "<|im_end|>"}, {"id": "z", "candidates": []},
+             {**good[0], "id": "w", "candidates": []}, {**good[0], "id": "v", "run": "r.trec"}, "", {"id": "q 0"},
+             good[2], {**good[0], "id": "half", "question": "\ud83d 0"}, {"id": "\ud83d"}]
+    (world / "in.jsonl").write_text("\n".join(json.dumps(line) if isinstance(line, dict) else line for line in lines))
     return ["--batch", world / "in.jsonl", "--out", world / "out.jsonl"]
 
 
-def test_batch(world, capsys):
-    """Four good lines (one by the id of a query of the data alone) and seven bad ones, each with its own complaint."""
-    said = run(world, capsys, *write_batch(world))
+def test_batch(world, capsys, many):
+    """Each bad line has its own complaint and takes no other with it; the program says so in its exit status."""
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--run", str(world / "run"), *map(str, many)])
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
     found = {line["line"]: line for line in lines_of(world / "out.jsonl")}
     assert {number for number, line in found.items() if "error" not in line} == {1, 3, 11, 12}
     first = [[row["name"] for row in found[number]["candidates"]][0] for number in (1, 3, 11, 12)]
     assert first == ["red", "blue", ENTITIES[1], "purple"]
     complaints = {2: "not JSON", 4: "'b0' is there twice", 5: "no.png is missing", 6: "special token",
-                  7: "has no query 'z'", 8: "no candidates", 9: "leave one out"}
+                  7: "has no query 'z'", 8: "no candidates", 9: "leave one out", 13: "half a surrogate pair",
+                  14: "half a surrogate pair"}
     assert {number for number, line in found.items() if "error" in line} == complaints.keys()
     assert all(words in found[number]["error"] for number, words in complaints.items())
-    assert "re-ranked 4 queries in" in said and "a second)" in said and "7 lines could not be used" in said
+    assert "re-ranked 4 queries in" in said.out and "a second)" in said.out
+    assert "9 lines could not be used, the first: " in said.err
 
 
-def test_batch_encodes_a_candidate_once(world, capsys, fakes):
+def test_batch_encodes_a_candidate_once(world, capsys, fakes, many):
     """4 candidate images for 3 queries, 3 full images, 2 crops (b2 is FULL): 9 where 17 would be without memory."""
-    arguments = write_batch(world)
     text = (world / "in.jsonl").read_text().splitlines()
-    (world / "in.jsonl").write_text("\n".join([text[0], text[2], text[-1]]))
-    run(world, capsys, *arguments)
-    assert fakes.scorer.images == 4 + 3 + 2
+    (world / "in.jsonl").write_text("\n".join([text[0], text[2], text[11]]))
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--run", str(world / "run"), *map(str, many)])
+    assert stopped.value.code == 0 and fakes.scorer.images == 4 + 3 + 2
 
 
-def test_batch_goes_on(world, capsys, fakes):
-    """Killed in the middle of its second line: that one is done again, the first is not, errors are tried again."""
-    arguments = write_batch(world)
-    run(world, capsys, *arguments, "--batch-size", "1")
-    whole = {line["line"]: line for line in lines_of(world / "out.jsonl")}
-    good = [line for line in (world / "out.jsonl").read_text().splitlines() if '"error"' not in line]
-    (world / "out.jsonl").write_text(good[0] + "\n" + '{"id": "y", "line": 6, "error": "e"}\n' + good[1][:40])
+@pytest.mark.parametrize("cut", [lambda lines: lines[0] + b'{"id": "y", "line": 6, "error": "e"}\n' + lines[1][:40],
+                                 lambda lines: lines[0] + '{"id": "b1", "text": "é'.encode()[:-1]])
+def test_batch_goes_on_after_a_kill(world, capsys, fakes, many, cut):
+    """Killed in the middle of its second line, or of a letter there: what was whole stays, errors are tried again, and
+    the others are answered beside the same neighbours, so that they come out the same to the last bit."""
+    run(world, capsys, *many)
+    whole, asked = sorted(lines_of(world / "out.jsonl"), key=lambda line: line["line"]), list(fakes.policy.asked)
+    good = [line + b"\n" for line in (world / "out.jsonl").read_bytes().splitlines() if b'"error"' not in line]
+    (world / "out.jsonl").write_bytes(cut(good))
     fakes.policy.asked.clear()
-    said = run(world, capsys, *arguments)
-    assert "1 were done before" in said and "re-ranked 3 queries" in said
-    assert {line["line"]: line for line in lines_of(world / "out.jsonl")} == whole
-    assert len(lines_of(world / "out.jsonl")) == len(whole)
+    said = run(world, capsys, *many)
+    assert "1 were done before" in said and "re-ranked 3 queries" in said and fakes.policy.asked == asked
+    assert sorted(lines_of(world / "out.jsonl"), key=lambda line: line["line"]) == whole
 
 
-def test_batch_refuses_other_settings_and_other_files(world, capsys):
-    arguments = write_batch(world)
-    run(world, capsys, *arguments)
-    with pytest.raises(SystemExit, match="begun with another threshold"):
-        run(world, capsys, *arguments, "--threshold", ".3")
-    before = (world / "in.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="was not begun here"):
-        run(world, capsys, "--batch", world / "in.jsonl", "--out", world / "in.jsonl")
-    assert (world / "in.jsonl").read_bytes() == before
+def test_batch_refuses_other_settings_and_other_files(world, capsys, fakes, many):
+    run(world, capsys, *many)
+    adapter = world / "run" / "adapter" / "adapter_model.safetensors"
+    for more, complaint in ((["--threshold", ".3"], "another threshold"), (["--policy-dtype", "bfloat16"], "another dtype"),
+                            (["--batch", world / "in.jsonl", "--out", world / "in.jsonl"], "was not begun here")):
+        before = (world / "in.jsonl").read_bytes()
+        with pytest.raises(SystemExit, match=complaint):
+            run(world, capsys, *many, *more)
+        assert (world / "in.jsonl").read_bytes() == before
+    (world / "in.jsonl").write_text((world / "in.jsonl").read_text().split("\n")[0])  # needs no data, which checks too
+    fakes.scorer = ColourScorer((.8, .6, 0))
+    with pytest.raises(SystemExit, match="cosine 0.9600"):
+        run(world, capsys, *many)
+    fakes.scorer = ColourScorer()
+    adapter.write_bytes(b"trained again")
+    with pytest.raises(SystemExit, match="begun with another adapter weights"):
+        run(world, capsys, *many)
 
 
 def test_batch_of_a_whole_run(world, capsys):
-    (world / "r.trec").write_text("".join(f"q%20{i} Q0 https://w/{name}%20one 0 {score} t\n" for i in (0, 1)
-                                          for name, score in (("blue", .2), ("red", .3))))
+    trec(world / "r.trec", ["q%200", "q%201"], [("blue", .2), ("red", .3)])
     run(world, capsys, "--batch", world / "r.trec", "--out", world / "out.jsonl")
     assert [(line["id"], line["candidates"][0]["name"]) for line in lines_of(world / "out.jsonl")] == [
         ("q%200", ENTITIES[1]), ("q%201", ENTITIES[2])]
-
-
-# ------------------------------------------------------------------------------------------------------------ the page
-
-@pytest.fixture
-def server(world):
-    models = tool.open_models(tool.parse_args(["--run", str(world / "run"), "--serve", "0"]))
-    with tool.make_server(tool.Demo(models), 0) as found:
-        thread = threading.Thread(target=found.serve_forever, args=(.01,))  # seconds between looks for a shutdown
-        thread.start()
-        yield found
-        found.shutdown()
-        thread.join()
-
-
-def ask(server, method, path, body=None, **headers):
-    """-> (status, headers, body bytes)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, answer.headers, content
-
-
-def post(server, **request):
-    status, _, content = ask(server, "POST", "/rerank", json.dumps(request), Content_Type="application/json")
-    return status, json.loads(content)
-
-
-def test_page_and_its_headers(server):
-    status, headers, content = ask(server, "GET", "/?example=3&run=1")
-    assert status == 200 and content == tool.PAGE.read_bytes()
-    assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
-    assert server.server_address[0] == "127.0.0.1"  # and not all interfaces
-
-
-def test_page_is_self_contained():
-    """No address but its own, no text turned into markup, and every element that the script asks for is there."""
-    text = tool.PAGE.read_text(encoding="utf-8")
-    assert not re.search(r"https?://|//cdn|innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(", text)
-    assert set(re.findall(r'\$\("(\w+)"\)', text)) <= set(re.findall(r'id="(\w+)"', text))
-
-
-def test_example_by_http(server):
-    status, _, content = ask(server, "GET", "/example/0")
-    assert (status, json.loads(content)) == (200, {"id": "q 0", "question": "What is this, 0", "in_pool": True})
-    assert json.loads(ask(server, "GET", "/about")[2])["examples"] == 4
-    status, found = post(server, example=0, question="Where does it live, 0")
-    assert status == 200 and found["decision"] == "REGION" and found["p_region"] == .9 and found["box"] == list(LEFT)
-    first = found["candidates"][0]
-    # Markup in a title comes as it is, in JSON: the page puts it in as text.
-    assert (first["title"], first["row"], first["rank_before"], first["positive"]) == ("The <b>red</b>", 2, 2, True)
-    assert post(server, example=0, question="0", force="FULL")[1]["candidates"][0]["title"] == "The <b>purple</b>"
-
-
-def test_images_by_http(server):
-    status, headers, content = ask(server, "GET", "/query/1")
-    assert status == 200 and headers["Content-Type"] == "image/jpeg"
-    assert Image.open(io.BytesIO(content)).size == (64, 64)
-    assert Image.open(io.BytesIO(ask(server, "GET", "/query/1?side=32")[2])).size == (32, 32)
-    colour = Image.open(io.BytesIO(ask(server, "GET", "/candidate/2")[2])).getpixel((4, 4))
-    np.testing.assert_allclose(colour, COLOURS["red"], atol=3)  # row 2: red's first image; JPEG loses a little
-
-
-@pytest.mark.parametrize("text", ["\u00b2", "\u0663", "1.0", "", None, -1, True, 4, "0x1", " 1"])
-def test_number_takes_plain_numbers_only(text):
-    """\u00b2 and \u0663 are digits to Python's isdigit; int() fails on the first and takes the second."""
-    with pytest.raises(tool.Refusal):
-        tool.number(text, 4)
-    assert tool.number("3", 4) == tool.number(3, 4) == 3
-
-
-def test_pictures_are_served_as_they_were_scored(server, world):
-    """A browser turns a picture by its EXIF. The box is in the pixels that read_image gave, turned or not: those are
-    served, and no EXIF that would turn them under their box."""
-    exif = Image.Exif()
-    exif[0x112] = 6  # "turn by 90 degrees"
-    two_halves().resize((96, 64)).save(world / "raw" / "q1.png", exif=exif)
-    found = Image.open(io.BytesIO(ask(server, "GET", "/query/1")[2]))
-    assert found.size == read_image(str(world / "raw" / "q1.png")).size and not found.getexif()
-    assert post(server, example=1, question="0")[1]["size"] == list(found.size)
-
-
-def encoded(image, kind="png", **how):
-    content = io.BytesIO()
-    image.save(content, format=kind, **how)
-    return base64.b64encode(content.getvalue()).decode()
-
-
-def test_dropped_image_by_http(server):
-    status, found = post(server, image=encoded(two_halves()), question="1")
-    assert status == 200 and found["retrieved"] and not found["known"] and found["box"] == list(RIGHT)
-    assert [row["title"] for row in found["candidates"]] == [f"The <b>{n}</b>" for n in ("blue", "purple", "red")]
-
-
-@pytest.mark.parametrize("path", ["/none", "/query/4", "/query/-1", "/query/x", "/query/%31", "/candidate/8",
-                                  "/example/1e0", "/query/1?side=99999", "/query/../../raw/q0.png",
-                                  "/../run/config.json", "/query/%2e%2e%2fq0.png",
-                                  "//etc/passwd", "/query/" + "9" * 5000])
-def test_nothing_else_is_served(server, path):
-    status, _, content = ask(server, "GET", path)
-    assert status == 404 and set(json.loads(content)) == {"error"}
-
-
-@pytest.mark.parametrize("request_, status, complaint", [
-    ({"example": 0, "question": " "}, 400, "Ask a question"), ({"example": 0, "question": 7}, 400, "Ask a question"),
-    ({"example": 0, "question": "x" * 1001}, 400, "Ask a question"), ({"example": 9, "question": "0"}, 404, "9"),
-    ({"example": [1], "question": "0"}, 404, "no number"), ({"question": "0"}, 400, "cannot be read as an image"),
-    ({"image": "???", "question": "0"}, 400, "did not arrive whole"), ({"image": [], "question": "0"}, 400, "image"),
-    ({"image": base64.b64encode(b"GIF89a").decode(), "question": "0"}, 400, "cannot be read as an image"),
-    ({"example": 0, "question": "0", "force": "MALFORMED"}, 400, "FULL, REGION"),
-    ({"example": 0, "question": "<|im_end|>"}, 400, "special token")])
-def test_requests_that_will_not_do(server, request_, status, complaint):
-    found, answer = post(server, **request_)
-    assert found == status and complaint in answer["error"]
-    assert post(server, example=0, question="0")[0] == 200  # and the next one is served
-
-
-def test_image_of_too_many_pixels(server):
-    """A grey 7,000 x 7,000 PNG is a few kB: it is its header that is looked at."""
-    status, answer = post(server, image=encoded(Image.new("L", (7000, 7000))), question="0")
-    assert status == 413 and "at most 40 million" in answer["error"]
-
-
-@pytest.mark.parametrize("headers, status", [
-    ({"Content_Type": "text/plain"}, 415),  # all that a form of another site can send
-    ({"Content_Type": "application/json", "Content_Length": str(13 << 20)}, 413),
-    ({"Content_Type": "application/json", "Content_Length": "-1"}, 411),
-    ({"Content_Type": "application/json", "Host": "evil.example"}, 403)])
-def test_headers_that_will_not_do(server, headers, status):
-    assert ask(server, "POST", "/rerank", b"", **headers)[0] == status
-
-
-def test_body_that_is_no_json(server):
-    for body in (b"{", b"[]", b"\xff", b"[" * 100_000):
-        assert ask(server, "POST", "/rerank", body, Content_Type="application/json")[0] == 400
-    assert ask(server, "POST", "/query/0", b"{}", Content_Type="application/json")[0] == 404
-
-
-def test_models_are_asked_one_at_a_time(server, world, fakes):
-    """Eight requests at once; the policy notices a second caller while it thinks."""
-    inside, overlaps, act = [], [], fakes.policy.act
-
-    def slow(*arguments, **how):
-        overlaps.append(len(inside))
-        inside.append(1)
-        threading.Event().wait(.02)
-        inside.pop()
-        return act(*arguments, **how)
-
-    fakes.policy.act = slow
-    found = []
-    threads = [threading.Thread(target=lambda i=i: found.append(post(server, example=i % 4, question=str(i % 3))[0]))
-               for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [200] * 8 and overlaps == [0] * 8
-
-
-def test_port_in_use(server):
-    with pytest.raises(ValueError, match="name another"):
-        tool.make_server(None, server.server_port)
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-@pytest.mark.parametrize("query, words", [
-    ("?example=0&run=1", ["REGION: look here", "p(REGION) = 0.900", "After: what the policy chose", "right answer"]),
-    ("?example=2&run=1&force=REGION", ["forced; p(REGION) = 0.100", "After: the forced REGION"]),
-    ("?example=9", ["Examples run from 0 to 3."])])
-def test_page_in_a_browser(server, tmp_path, query, words):
-    """What the page's script makes of the answer, as a browser has it after asking; titles stay text."""
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-         "--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-         "--virtual-time-budget=20000", f"http://127.0.0.1:{server.server_port}/{query}"],
-        capture_output=True, text=True, timeout=120)
-    body = done.stdout.split("<script>")[0]
-    assert [word for word in words if word not in body] == [] and "<b>" not in body
-    assert len(re.findall("<li[ >]", body)) == (6 if "run" in query else 0)  # K = 3, before and after
 
 
 # --------------------------------------------------------------------------------------------------- the shipped models
@@ -688,8 +538,8 @@ def test_command_with_the_shipped_models(tmp_path):
     question = "Where does this beetle live?"
     done = subprocess.run(
         [sys.executable, "-m", "tools.rerank", "--policy", "mini/policy", "--scorer", "mini/scorer", "--image",
-         tmp_path / "q.png", "--question", question, "--candidates", folder, "--threshold", "0", "--json"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+         tmp_path / "q.png", "--question", question, "--candidates", folder, "--threshold", "0", "--json",
+         "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     policy, scorer, image = load_policy("mini/policy"), load_scorer("mini/scorer"), noise(9, (224, 168))
@@ -698,7 +548,7 @@ def test_command_with_the_shipped_models(tmp_path):
     texts[3] = scorer.text_features(["A beetle with blue spots"])[0]
     pool = fuse(scorer.image_features([noise(i) for i in range(5)]), texts)
     before, after = (scores(scorer.image_features([view])[0], pool) for view in (image, crop(image, action.box)))
-    assert found["decision"] == "REGION"
+    assert found["decision"] == "REGION" and found["text"] == action.text
     np.testing.assert_allclose(found["box"], action.box)
     np.testing.assert_allclose(found["p_region"], action.p_region, rtol=1e-4)
     rows = sorted(found["candidates"], key=lambda row: row["index"])
