@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-import threading
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def random_model(config, seed=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
-    S.EvaClip(OBLONG).init_weights(3).save(path)
+    random_model(OBLONG, 3).save(path)
     return str(path)
 
 
@@ -75,8 +76,8 @@ def slow_image(p, config, pixels):
     for top in range(0, pixels.shape[1], size):
         for left in range(0, pixels.shape[2], size):
             patch = pixels[:, top:top + size, left:left + size]
-            kernel = p["visual.patch_embed.proj.weight"]
-            tokens.append((kernel * patch).sum((1, 2, 3)) + p["visual.patch_embed.proj.bias"])
+            kernel = p["visual.patch_embed.weight"]
+            tokens.append((kernel * patch).sum((1, 2, 3)) + p["visual.patch_embed.bias"])
     x = torch.stack([p["visual.cls_token"][0, 0], *tokens]) + p["visual.pos_embed"][0]
     width = config.width
     for i in range(config.layers):
@@ -104,31 +105,30 @@ def slow_text(p, config, ids):
     x = torch.stack([p["text.token_embedding.weight"][i] for i in ids]) + p["text.positional_embedding"][:len(ids)]
     width = config.text_width
     for i in range(config.text_layers):
-        start = f"text.transformer.resblocks.{i}."
+        start = f"text.blocks.{i}."
         b = {name.removeprefix(start): t for name, t in p.items() if name.startswith(start)}
-        y = layer_norm(x, b["ln_1.weight"], b["ln_1.bias"])
-        q, k, v = (y @ b["attn.in_proj_weight"][n * width:(n + 1) * width].T
-                   + b["attn.in_proj_bias"][n * width:(n + 1) * width] for n in range(3))
+        y = layer_norm(x, b["norm1.weight"], b["norm1.bias"])
+        q, k, v = (y @ b["attn.qkv.weight"][n * width:(n + 1) * width].T
+                   + b["attn.qkv.bias"][n * width:(n + 1) * width] for n in range(3))
         attended = slow_attention(q, k, v, config.text_heads, True)
-        x = x + attended @ b["attn.out_proj.weight"].T + b["attn.out_proj.bias"]
-        y = layer_norm(x, b["ln_2.weight"], b["ln_2.bias"])
-        hidden = exact_gelu(y @ b["mlp.c_fc.weight"].T + b["mlp.c_fc.bias"])
-        x = x + hidden @ b["mlp.c_proj.weight"].T + b["mlp.c_proj.bias"]
+        x = x + attended @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+        y = layer_norm(x, b["norm2.weight"], b["norm2.bias"])
+        hidden = exact_gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"])
+        x = x + hidden @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
     end = max(range(len(ids)), key=lambda n: (ids[n], -n))  # first position of the largest id
     x = layer_norm(x, p["text.ln_final.weight"], p["text.ln_final.bias"])[end]
     return sum(x[n] * p["text.text_projection"][n] for n in range(width))  # (in, out)
 
 
 POSTNORM = S.EvaClipConfig(embed_dim=16, text_width=24, postnorm=True, **SMALL)
-WIDE = S.EvaClipConfig(embed_dim=16, text_width=24, **{**SMALL, "image_size": (28, 42)})
 
 
-@pytest.mark.parametrize("config", [SQUARE, OBLONG, POSTNORM, WIDE], ids=["square", "oblong", "postnorm", "wide"])
+@pytest.mark.parametrize("config", [SQUARE, OBLONG, POSTNORM], ids=["square", "oblong", "postnorm"])
 @torch.no_grad()
 def test_module_equals_second_implementation(config):
     model = random_model(config)
     p = dict(model.named_parameters())
-    pixels = torch.randn(3, 3, *config.image_hw, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     got, want = model.encode_image(pixels), torch.stack([slow_image(p, config, image) for image in pixels])
     assert got.shape == (3, config.embed_dim)
     assert torch.allclose(got, want, atol=1e-5 * want.abs().max().item()), (got - want).abs().max()
@@ -138,8 +138,8 @@ def test_module_equals_second_implementation(config):
     assert torch.allclose(got, want, atol=1e-5 * want.abs().max().item()), (got - want).abs().max()
 
 
-def test_parameter_names_and_shapes_are_the_checkpoints():
-    """The 8B model, on the meta device: the released file has 684 tensors and 8,220,748,545 numbers."""
+def test_sizes_of_the_8b():
+    """On the meta device: the released file has 684 tensors and 8,220,748,545 numbers."""
     with torch.device("meta"):
         model = S.EvaClip(S.EvaClipConfig())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -147,11 +147,7 @@ def test_parameter_names_and_shapes_are_the_checkpoints():
     assert sum(math.prod(shape) for shape in shapes.values()) == 8_220_748_545
     assert shapes["visual.blocks.31.attn.qkv.weight"] == (12288, 4096)
     assert "visual.blocks.31.attn.qkv.bias" not in shapes and "visual.head.bias" not in shapes
-    assert shapes["visual.patch_embed.proj.weight"] == (4096, 3, 14, 14)
-    assert shapes["visual.pos_embed"] == (1, 257, 4096)
-    assert shapes["text.transformer.resblocks.0.attn.in_proj_weight"] == (3840, 1280)
-    assert shapes["text.transformer.resblocks.31.mlp.c_fc.bias"] == (5120,)
-    assert shapes["text.text_projection"] == (1280, 1280)
+    assert shapes["text.blocks.0.attn.qkv.bias"] == (3840,) and shapes["visual.pos_embed"] == (1, 257, 4096)
 
 
 def test_rmsnorm_casts_before_the_weight():
@@ -174,10 +170,10 @@ def test_epsilons():
     """They differ between the towers and only show on small activations, so not in the comparison above."""
     # mean(x^2) = 1e-6, so 1e-3 / sqrt(1e-6 + 1e-6) = .70711
     assert S.RMSNorm(2)(torch.full((1, 2), 1e-3)).tolist() == [pytest.approx([0.5 ** 0.5] * 2, abs=1e-5)]
-    block = S.EvaClip(OBLONG).text.transformer.resblocks[0]
+    block = S.EvaClip(OBLONG).text.blocks[0]
     # mean 0, variance 1e-5, so sqrt(1e-5) / sqrt(1e-5 + 1e-5)
     x = torch.tensor([[1e-5 ** 0.5, -(1e-5 ** 0.5)] * 12])
-    assert block.ln_1(x)[0, :2].tolist() == pytest.approx([0.5 ** 0.5, -(0.5 ** 0.5)], abs=1e-5)
+    assert block.norm1(x)[0, :2].tolist() == pytest.approx([0.5 ** 0.5, -(0.5 ** 0.5)], abs=1e-5)
 
 
 @torch.no_grad()
@@ -202,39 +198,18 @@ def test_what_follows_the_end_is_irrelevant():
     assert not torch.allclose(short, model.encode_text(torch.tensor([[598, 9, 5, 599]])), atol=1e-2)
 
 
-def test_wrong_sizes_are_named():
-    model = random_model(OBLONG)
+def test_wrong_size_is_named():
     with pytest.raises(ValueError, match=r"\[B, 3, 28, 28\], got \[1, 3, 28, 42\]"):
-        model.encode_image(torch.zeros(1, 3, 28, 42))
-    with pytest.raises(ValueError, match="17 tokens, but only 16 positions"):
-        model.encode_text(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match="image_size 30 is no multiple of patch_size 14"):
-        S.EvaClipConfig(image_size=30)
-    with pytest.raises(ValueError, match="text_width 10 is no multiple of text_heads 3"):
-        S.EvaClipConfig(text_width=10, text_heads=3)
-
-
-def test_init_weights_trains_and_repeats():
-    torch.manual_seed(1)
-    first = S.EvaClip(OBLONG).init_weights(7)
-    torch.manual_seed(2)
-    second, other = S.EvaClip(OBLONG).init_weights(7), S.EvaClip(OBLONG).init_weights(8)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert not torch.equal(first.visual.head.weight, other.visual.head.weight)
-    pixels, ids = torch.randn(4, 3, 28, 28), torch.tensor([[598, 5, 9, 599]] * 4)
-    image, text = first.encode_image(pixels), first.encode_text(ids)
-    (image @ text.T * first.logit_scale.exp()).square().mean().backward()
-    for name, p in first.named_parameters():
-        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
+        random_model(OBLONG).encode_image(torch.zeros(1, 3, 28, 42))
 
 
 # ------------------------------------------------------------------------------------------------------- save and load
 
 def test_save_and_load(tmp_path):
-    model = random_model(WIDE)
+    model = random_model(POSTNORM)
     model.save(tmp_path / "m")
     loaded = S.EvaClip.load(tmp_path / "m")
-    assert loaded.config == WIDE and not loaded.training
+    assert loaded.config == POSTNORM and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert all(p.requires_grad for p in loaded.parameters())  # can be trained on
     assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]  # no temporary file is left
@@ -245,46 +220,6 @@ def test_save_and_load(tmp_path):
     assert torch.equal(wide.visual.head.weight, model.visual.head.weight.to(torch.bfloat16).float())
 
 
-def test_load_names_what_is_wrong(tmp_path, folder):
-    def broken(change):
-        copy = tmp_path / "broken"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(folder, copy)
-        change(copy)
-        return copy
-
-    def config(change):
-        def edit(copy):
-            content = json.loads((copy / "config.json").read_text())
-            change(content)
-            (copy / "config.json").write_text(json.dumps(content))
-        return edit
-
-    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
-        S.EvaClip.load(broken(lambda copy: (copy / "model.safetensors").unlink()))
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        S.EvaClip.load(broken(lambda copy: (copy / "config.json").unlink()))
-    with pytest.raises(ValueError, match="model_type 'clip', and neither 'vision_config'"):
-        S.EvaClip.load(broken(config(lambda c: c.update(model_type="clip"))))
-    with pytest.raises(ValueError, match=r"unknown settings \['qkv_bias'\]"):
-        S.EvaClip.load(broken(config(lambda c: c["config"].update(qkv_bias=True))))
-    with pytest.raises(ValueError, match="model.safetensors: .*: 1 missing: text.text_projection$"):
-        S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.pop("text.text_projection"))))
-    with pytest.raises(ValueError, match="1 unknown: visual.x$"):
-        S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.update({"visual.x": torch.zeros(1)}))))
-    with pytest.raises(ValueError, match="2 of another shape .*visual.head.weight .*text.text_proj"):
-        S.EvaClip.load(broken(config(lambda c: c["config"].update(embed_dim=8))))
-    loaded = S.EvaClip.load(broken(lambda copy: resave(copy, lambda t: t.pop("logit_scale"))))
-    assert loaded.logit_scale.item() == pytest.approx(math.log(100))  # optional in released checkpoints
-
-
-def resave(copy, change):
-    from safetensors.torch import load_file, save_file
-    tensors = load_file(copy / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors")
-
-
 def test_load_scorer(folder, tmp_path):
     scorer = S.load_scorer(folder)
     scorer.batch_size = 3  # 5 items: a full batch and a rest
@@ -293,7 +228,7 @@ def test_load_scorer(folder, tmp_path):
     got = scorer.image_features(images)
     assert got.dtype == np.float32 and got.shape == (5, 16)
     with torch.no_grad():
-        want = scorer.model.encode_image(torch.stack([S.preprocess(image, 28) for image in images])).numpy()
+        want = scorer.model.encode_image(torch.stack([S.Preprocess(28)(image) for image in images])).numpy()
     np.testing.assert_allclose(got, want, atol=1e-5)
     texts = ["a beetle", "", "the long history of the old stone bridge over the river " * 4, "x", "ab"]
     got = scorer.text_features(texts)  # cut after the last end of the batch: must equal the full width
@@ -304,59 +239,27 @@ def test_load_scorer(folder, tmp_path):
     assert scorer.image_features([]).shape == (0, 16)
 
 
-def test_identity_is_of_content(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "tiny")
-    identity = S.load_scorer(folder).identity
-    assert identity.startswith("tiny@") and len(identity) == len("tiny@") + 12
-    assert S.load_scorer(str(tmp_path / "tiny") + "/").identity == identity  # another place, a slash: the same model
-    config = json.loads((tmp_path / "tiny/config.json").read_text())
-    config["config"]["postnorm"] = True  # changes every feature and no weight
-    (tmp_path / "tiny/config.json").write_text(json.dumps(config))
-    assert S.load_scorer(str(tmp_path / "tiny")).identity != identity
+def test_fingerprint_shows_weights_and_preprocessing(folder, tmp_path):
+    """Where the files lie does not matter; weights, a setting without weights, pixel statistics and resizing do."""
+    shutil.copytree(folder, tmp_path / "else")
+    scorer = S.load_scorer(folder)
+    mark = scorer.fingerprint()
+    assert mark.shape == (16,) and np.linalg.norm(mark) == pytest.approx(1) and scorer.text_fingerprint().shape == (16,)
+    np.testing.assert_array_equal(S.load_scorer(str(tmp_path / "else")).fingerprint(), mark)
+    others = [S.load_scorer(str(tmp_path / "else")) for _ in range(3)]
+    steps = [transforms.Resize((28, 28)), transforms.ToTensor()]
+    others[0].preprocess = S.Preprocess(steps=transforms.Compose([*steps, transforms.Normalize([.5] * 3, [.5] * 3)]))
+    others[1].model.visual.blocks[0].postnorm = True
+    with torch.no_grad():
+        others[2].model.visual.blocks[1].mlp.fc2.weight += 0.1
+    assert max(float(other.fingerprint() @ mark) for other in others) < 0.999
 
 
 def test_unknown_scorer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+    with pytest.raises(ValueError, match="scorer .*model.safetensors.* Known are local folders"):
         S.load_scorer(str(tmp_path))
-    with pytest.raises(ValueError, match="unknown scorer 'a/b/no-such-model': .* Known are local folders"):
+    with pytest.raises(FileNotFoundError, match="unknown scorer 'a/b/no-such-model': .* Known are local folders"):
         S.load_scorer("a/b/no-such-model")  # no form of a Hugging Face id, so nobody is asked
-
-
-def test_worker_threads_keep_the_order(folder):
-    """Batches of every size come back in their order, and the second is fetched while the first is encoded."""
-    scorer = S.load_scorer(folder)
-    images = [Image.new("RGB", (30 + 9 * i, 50), (20 * i, 10, 200 - 5 * i)) for i in range(12)]
-    want = np.concatenate([scorer.image_features([image]) for image in images])
-    sizes, second, encode = [1, 4, 0, 2, 5], threading.Event(), scorer.model.encode_image
-
-    def batches():
-        start = 0
-        for number, size in enumerate(sizes):
-            if number == 1:
-                second.set()
-            yield images[start:start + size]
-            start += size
-
-    def wait(pixels):
-        assert second.wait(10)  # seconds; without a thread that fetches, nobody would set it
-        return encode(pixels)
-
-    scorer.model.encode_image = wait
-    got = list(scorer.image_batches(batches()))
-    assert [len(part) for part in got] == sizes and {part.dtype for part in got} == {np.dtype(np.float32)}
-    np.testing.assert_allclose(np.concatenate(got), want, atol=1e-5)
-
-
-def test_error_of_a_worker_thread_reaches_the_caller(folder):
-    scorer = S.load_scorer(folder)
-    with pytest.raises(ValueError, match="floating-point numbers of unknown range"):
-        scorer.image_features([Image.new("RGB", (4, 4)), Image.new("F", (4, 4))])
-
-    def batches():
-        yield [Image.new("RGB", (4, 4))]
-        raise ValueError("image 7 cannot be read")
-    with pytest.raises(ValueError, match="image 7"):
-        list(scorer.image_batches(batches()))
 
 
 # ------------------------------------------------------------------------------------------------------ text and pixels
@@ -440,23 +343,11 @@ def test_short_context_and_small_vocabulary():
         assert row[end] == 599 and (row[end + 1:] == 0).all()
         # Nothing is lost by the smaller table: its pieces spell the same cleaned text.
         long = full([text])[0]
-        assert small._bpe.decode(row[1:end].tolist()) == full._bpe.decode(long[1:long.argmax()].tolist())
-    with pytest.raises(ValueError, match="vocab 100"):
-        S.Tokenizer(vocab=100)
+        assert small.bpe.decode(row[1:end].tolist()) == full.bpe.decode(long[1:long.argmax()].tolist())
 
 
 def photo(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("size", [(300, 200), (113, 250), (50, 61), (28, 28), (7, 9), (333, 700), (37, 36), (1, 1),
-                                  (113, 50), (29, 441)])
-def test_preprocess_equals_torchvision(size):
-    recipe = transforms.Compose([transforms.Resize(28, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(28),
-                                 transforms.ToTensor(), transforms.Normalize(S.PIXEL_MEAN, S.PIXEL_STD)])
-    got = S.preprocess(photo(*size), 28)
-    assert got.dtype == torch.float32 and got.shape == (3, 28, 28)
-    assert torch.allclose(got, recipe(photo(*size)), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (28, 28), (56, 60), (64, 48)])
@@ -465,42 +356,21 @@ def test_preprocess_equals_hugging_face(size):
     processor = pytest.importorskip("transformers").CLIPImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     want = np.array(processor(photo(*size))["pixel_values"][0])
-    np.testing.assert_allclose(S.preprocess(photo(*size), 28).numpy(), want, atol=1e-6)
+    np.testing.assert_allclose(S.Preprocess(28)(photo(*size)).numpy(), want, atol=1e-6)
 
 
-def test_preprocess_of_other_modes_and_shapes():
+def test_preprocess_of_other_modes_and_slivers():
+    """RGB comes before resizing. A box may be 1 pixel wide and 5,000 high: resized whole it would be 28 x 140,000."""
     palette = photo(40, 40).quantize(16)
-    assert torch.equal(S.preprocess(palette, 28), S.preprocess(palette.convert("RGB"), 28))
-    assert S.preprocess(Image.new("L", (9, 5), 200), 28).shape == (3, 28, 28)
-    assert S.preprocess(photo(90, 40), (28, 42)).shape == (3, 28, 42)
-    # (28, 42) of an 84 x 56 image is exactly half of it: no part is cut away.
-    half = photo(84, 56).resize((42, 28), Image.Resampling.BICUBIC)
-    assert torch.equal(S.preprocess(photo(84, 56), (28, 42)), S.preprocess(half, (28, 42)))
-
-
-def test_preprocess_of_a_sliver():
-    """A box may be 1 pixel wide and 5,000 high: resized whole it would be 28 x 140,000. A grey level is .0146."""
-    for size in ((3, 100), (100, 3)):
-        image = photo(*size)
-        scale = 28 / 3
-        whole = image.resize((int(size[0] * scale), int(size[1] * scale)), Image.Resampling.BICUBIC)
-        left, top = round((whole.width - 28) / 2), round((whole.height - 28) / 2)
-        want = S.preprocess(whole.crop((left, top, left + 28, top + 28)), 28)
-        difference = (S.preprocess(image, 28) - want).abs()
-        assert difference.mean() < 0.0146 and difference.max() < 8 * 0.0146  # half a pixel off would be 13 levels
-    assert S.preprocess(Image.new("RGB", (1, 5000), (255, 0, 0)), 28).shape == (3, 28, 28)
-
-
-def test_preprocess_as_siglip_does():
-    """Squashed, not cropped, and (x / 255 - .5) / .5: white is 1, black -1; 128 / 255 = .50196 -> .00392."""
-    for name in ("bicubic", "bilinear"):
-        recipe = transforms.Compose([
-            transforms.Resize((28, 42), getattr(transforms.InterpolationMode, name.upper())), transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3)])
-        got = S.preprocess(photo(90, 40), (28, 42), [0.5] * 3, [0.5] * 3, "squash", name)
-        assert torch.allclose(got, recipe(photo(90, 40)), atol=1e-6), name
-    grey = S.preprocess(Image.new("L", (9, 5), 128), 28, [0.5] * 3, [0.5] * 3, "squash")
-    assert torch.allclose(grey, torch.tensor(0.00392), atol=1e-5)
+    assert torch.equal(S.Preprocess(28)(palette), S.Preprocess(28)(palette.convert("RGB")))
+    assert S.Preprocess(28)(Image.new("L", (9, 5), 200)).shape == (3, 28, 28)
+    for size in ((1, 5000), (5000, 1), (3, 100)):
+        seen, image = [], photo(*size)
+        S.Preprocess(steps=seen.append)(image)
+        assert max(seen[0].size) <= 16 * min(size)
+        middle = np.asarray(image)[size[1] // 2, size[0] // 2]
+        assert (np.asarray(seen[0]) == middle).all(-1).any()  # its middle is still there
+    assert S.Preprocess(28)(Image.new("RGB", (1, 5000), (255, 0, 0))).shape == (3, 28, 28)
 
 
 def test_read_image(tmp_path):
@@ -524,6 +394,28 @@ def test_decompression_bomb(tmp_path):
     assert os.path.getsize(tmp_path / "bomb.png") < 1e5
     with pytest.raises(ValueError, match="bomb.png cannot be read: .*decompression bomb"):
         S.read_image(tmp_path / "bomb.png")
+    Image.new("1", (10001, 10000)).save(tmp_path / "large.png")  # over our own limit alone
+    with pytest.raises(S.TooLarge, match="large.png has more than 100,000,000 pixels"):
+        S.read_image(tmp_path / "large.png")
+
+
+def test_only_pictures_are_opened(tmp_path):
+    """An EPS that calls itself .jpg would start Ghostscript, another program, on what a stranger wrote."""
+    photo(8, 8).save(tmp_path / "a.eps")
+    os.rename(tmp_path / "a.eps", tmp_path / "a.jpg")
+    with pytest.raises(S.InputError, match="a.jpg cannot be read: cannot identify"):
+        S.read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("error", [MemoryError, TypeError, AttributeError])
+def test_errors_of_the_machine_and_of_code_are_no_bad_pictures(tmp_path, monkeypatch, error):
+    photo(8, 8).save(tmp_path / "a.png")
+
+    def fail(*args, **keywords):
+        raise error("not the file's fault")
+    monkeypatch.setattr(S.Image, "open", fail)
+    with pytest.raises(error):
+        S.read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -537,13 +429,12 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(np.asarray(S.read_image(tmp_path / "a.png")), scene)
-    assert S.image_size(tmp_path / "a.png") == (6, 4)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_costs_no_image(tmp_path):
     photo(8, 6).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
-    assert S.read_image(tmp_path / "a.jpg").size == S.image_size(tmp_path / "a.jpg") == (8, 6)
+    assert S.read_image(tmp_path / "a.jpg").size == (8, 6)
 
 
 def test_modes_of_images(tmp_path):
@@ -577,13 +468,10 @@ def test_modes_of_images(tmp_path):
         got = read(frames[0], name, save_all=True, append_images=frames[1:])
         assert got.shape == (4, 4, 3) and np.abs(got[0, 0] - [255, 0, 0]).max() <= 5, name
     assert read(Image.new("RGB", (1, 1), (3, 4, 5)), "one.png").tolist() == [[[3, 4, 5]]]
-    assert S.preprocess(S.read_image(tmp_path / "one.png"), 28).shape == (3, 28, 28)
-    Image.fromarray(np.array([[0.5]], np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match="float.tif cannot be read: its pixels are floating-point numbers"):
-        S.read_image(tmp_path / "float.tif")
-    Image.fromarray(np.array([[70000]], np.int32)).save(tmp_path / "more.tif")
-    with pytest.raises(ValueError, match="more.tif cannot be read: its pixels have more than 16 bits"):
-        S.read_image(tmp_path / "more.tif")
+    for name, values in (("float.tif", np.array([[0.5]], np.float32)), ("more.tif", np.array([[70000]], np.int32))):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} has pixels of an unknown range"):
+            S.read_image(tmp_path / name)
 
 
 # --------------------------------------------------------------------------------------------------------- Eq. 1 to 4
@@ -596,11 +484,9 @@ def test_crop():
     np.testing.assert_array_equal(S.crop(image, (-3, -1, 99, 99)), pixels)               # clamped
     np.testing.assert_array_equal(S.crop(image, (0, 0, 8, 6)), pixels)
     assert S.crop(image, (3.2, 3.2, 3.3, 3.3)).size == (1, 1)                            # touches one pixel
-    for box in ((4, 2, 4, 5), (5, 2, 4, 5), (0, 3, 4, 3), (0, 0, float("nan"), 3), (0, 0, float("inf"), 3)):
-        with pytest.raises(ValueError, match="empty or not finite"):
-            S.crop(image, box)
-    for box in ((8, 0, 9, 3), (-5, 0, 0, 3), (0, 6, 3, 7)):
-        with pytest.raises(ValueError, match="outside the image of 8 x 6"):
+    for box in ((4, 2, 4, 5), (5, 2, 4, 5), (0, 3, 4, 3), (0, 0, float("nan"), 3), (0, 0, float("inf"), 3),
+                (8, 0, 9, 3), (-5, 0, 0, 3), (0, 6, 3, 7), (0, -3, 3, -1)):
+        with pytest.raises(ValueError, match="has no pixel of the image of 8 x 6"):
             S.crop(image, box)
 
 
@@ -636,67 +522,7 @@ def test_scores_equal_the_slow_formula():
     np.testing.assert_allclose(S.scores(views, pools), got, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- pool files
-
-def query(i=0, **changes):
-    fields = dict(query_id=f"q{i}", image="img/a.png", question="What is \u201cthis\u201d?", pool=[2, 0, 1],
-                  pool_image=[3, 0, 2], labels=[0, 1, 0], retrieval=[0.9, 0.5, 0.25])
-    return S.Query(**{**fields, **changes})
-
-
-def test_pool_round_trip(tmp_path):
-    path = str(tmp_path / "p.jsonl")
-    queries = [query(0), query(1, retrieval=[1, 0.5, -0.25])]
-    S.write_pool(path, queries)
-    got = S.read_pool(path)
-    assert [q.row for q in got] == [0, 1]
-    for q in got:
-        q.row = -1
-    assert got == queries and os.listdir(tmp_path) == ["p.jsonl"]
-
-
-BAD = {
-    "labels has 2 entries, pool 3": {"labels": [0, 1]},
-    "pool_image has 4 entries, pool 3": {"pool_image": [0, 1, 2, 3]},
-    "the pool has 2 candidates, the first line's has 3": {"pool": [0, 1], "pool_image": [0, 1], "labels": [0, 1],
-                                                          "retrieval": [0.1, 0]},
-    "an entity is in the pool twice": {"pool": [0, 0, 1]},
-    "must not be negative": {"pool": [0, -1, 1]},
-    "labels must be 0 or 1": {"labels": [0, 2, 0]},
-    "labels must be a list of whole numbers": {"labels": [False, True, False]},
-    "pool must be a list of whole numbers": {"pool": [0.5, 1, 2]},
-    "retrieval must be a list of numbers": {"retrieval": ["a", 0.1, 0]},
-    "retrieval must be finite": {"retrieval": [float("nan"), 0.1, 0]},
-    "question must be a text": {"question": ""},
-    "query_id must be a text": {"query_id": 5},
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_bad_pool_lines(tmp_path, message):
-    path = str(tmp_path / "p.jsonl")
-    fields = {**vars(query(1)), **BAD[message]}
-    del fields["row"]
-    good = {k: v for k, v in vars(query(0)).items() if k != "row"}
-    with open(path, "w") as file:
-        file.write(json.dumps(good) + "\n" + json.dumps(fields) + "\n")
-    with pytest.raises(ValueError, match=r"p\.jsonl:2: .*" + message):
-        S.read_pool(path)
-    with pytest.raises(ValueError, match=r":2: .*" + message):  # the writer refuses it too ...
-        S.write_pool(str(tmp_path / "w.jsonl"), [query(0), query(1, **BAD[message])])
-    assert not os.path.exists(tmp_path / "w.jsonl")             # ... and leaves no half file under the real name
-
-
-def test_cut_and_foreign_pool_lines(tmp_path):
-    path = tmp_path / "p.jsonl"
-    S.write_pool(str(path), [query(0), query(1)])
-    path.write_text(path.read_text()[:-40])
-    with pytest.raises(ValueError, match=r"p\.jsonl:2: not JSON .* run prepare.py again"):
-        S.read_pool(str(path))
-    path.write_text('{"query_id": "a"}\n')
-    with pytest.raises(ValueError, match=r"p\.jsonl:1: a query has exactly the fields"):
-        S.read_pool(str(path))
-
+# ------------------------------------------------------------------------------------------------- data folders
 
 def test_replacing_keeps_the_old_file(tmp_path):
     path = str(tmp_path / "x.json")
@@ -705,14 +531,32 @@ def test_replacing_keeps_the_old_file(tmp_path):
         S.write_json(path, {"a": object()})
     with open(path) as file:
         assert json.load(file) == {"a": 1}
-    with pytest.raises(ValueError, match="x.npy: 1 values are not finite in float16"):
+    with pytest.raises(ValueError, match="x.npy: values are not finite in float16"):
         S.write_array(str(tmp_path / "x.npy"), np.array([1, np.inf], np.float16))
     S.write_array(str(tmp_path / "x.npy"), np.arange(3))
     assert np.load(tmp_path / "x.npy").tolist() == [0, 1, 2]
 
 
-def write_data(folder):
-    """A data folder by hand: 3 entities, 4 images (two of entity 2), D = 2."""
+def test_lines(tmp_path):
+    """Lines are found by their ends, however long and in whatever letters; half a line at the end is none."""
+    rows = [{"a": "\u00e9" * n, "b": n} for n in (0, 5, 1, 3_000_000)]  # the last one is longer than a block of bytes
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = S.Lines(path)
+    assert len(lines) == 4 and list(lines) == rows and lines[-1] == rows[3]
+    assert list(S.Lines(path, limit=2)) == rows[:2]
+    path.write_bytes(b'{"a": 1}\n{"a": \n{"b"')
+    lines = S.Lines(path, lambda a: a)
+    assert len(lines) == 2 and lines[0] == 1
+    with pytest.raises(S.InputError, match=r"x.jsonl:2: no line of prepare.py's"):
+        lines[1]
+    path.write_bytes(b'{"a": 1, "c": 2}\n')
+    with pytest.raises(S.InputError, match=r"x.jsonl:1: no line .*unexpected keyword"):
+        S.Lines(path, lambda a: a)[0]
+
+
+def write_data(folder, **changes):
+    """A data folder by hand: 3 entities, 4 images (two of entity 2), D = 2, one query twice."""
     os.makedirs(os.path.join(folder, "../raw/img"), exist_ok=True)
     os.makedirs(folder, exist_ok=True)
     Image.new("RGB", (12, 8), (200, 10, 10)).save(os.path.join(folder, "../raw/img/a.png"))
@@ -722,82 +566,106 @@ def write_data(folder):
         file.writelines(json.dumps(entity, ensure_ascii=False) + "\n" for entity in entities)
     for name, array in (("kb_image", np.array([[3, 0], [0, 1], [1, 1], [2, 0]], np.float16)),
                         ("kb_text", np.array([[0, 4], [0, 0], [0, 2]], np.float16)),
-                        ("kb_entity", np.array([0, 1, 2, 2], np.int32)),
-                        ("val_full", np.array([[1, 0]] * 2, np.float16))):
+                        ("kb_entity", np.array([0, 1, 2, 2], np.int32))):
         S.write_array(os.path.join(folder, f"{name}.npy"), array)
-    queries = [query(i, pool=[2, 0, 1], pool_image=[3, 0, 1]) for i in range(2)]
-    S.write_pool(os.path.join(folder, "val.jsonl"), queries)
+    queries = [S.Query(f"q{i}", changes.pop("image", "img/a.png"), "What is \u201cthis\u201d?", ["u0"]) for i in range(2)]
+    arrays = dict(pool=[[2, 0, 1]] * 2, pool_image=[[3, 0, 1]] * 2, labels=[[0, 1, 0]] * 2,
+                  retrieval=[[0.9, 0.5, 0.25]] * 2, full=[[1, 0]] * 2)
+    S.write_split(folder, "val", queries, **{**arrays, **{k: v for k, v in changes.items() if k in arrays}})
     files = {name: {"bytes": os.path.getsize(os.path.join(folder, name)), "sha256": ""} for name in os.listdir(folder)
              if name != "manifest.json"}
     S.write_json(os.path.join(folder, "manifest.json"), {
-        "version": S.POOL_VERSION, "dataset": "world", "root": "../raw", "args": {}, "scorer": "tiny@123456789abc",
-        "scorer_name": "mini/scorer", "K": 3, "dim": 2, "splits": {"val": {}}, "kb": {"kept": 3, "images": 4},
-        "files": files})
+        "version": 2, "dataset": "world", "root": "../raw", "args": {}, "K": 3, "dim": 2, "splits": {"val": {}},
+        "scorer": {"name": "mini/scorer", "dtype": "float32", "fingerprint": [0.6, 0.8]}, "files": files,
+        **{k: v for k, v in changes.items() if k not in arrays}})
     return folder
+
+
+class Stranger:
+    """A scorer as far as same_scorer looks."""
+    name, dim, dtype = "other", 2, torch.float32
+
+    def __init__(self, *mark):
+        self.mark = mark
+
+    def fingerprint(self):
+        return np.array(self.mark, np.float32)
 
 
 def test_load_data(tmp_path):
     folder = write_data(str(tmp_path / "data"))
-    data = S.load_data(folder, "val", "tiny@123456789abc")
+    data = S.load_data(folder, "val", Stranger(0.6, 0.8))
     assert len(data) == 2 and data.full.shape == (2, 2) and data.full.dtype == np.float16
+    assert data.queries[1] == S.Query("q1", "img/a.png", "What is \u201cthis\u201d?", ["u0"])
+    assert data.labels.tolist() == [[False, True, False]] * 2 and data.retrieval.dtype == np.float32
     # Eq. 3 in pool order 2, 0, 1: (2, 0) + (0, 2) -> .707 .707; (3, 0) + (0, 4) -> .6 .8; (0, 1), no text -> 0 1
     np.testing.assert_allclose(data.candidates(1), [[0.5 ** 0.5] * 2, [0.6, 0.8], [0, 1]], atol=1e-6)
     assert data.open_image(0).size == (12, 8) and data.open_image(0).mode == "RGB"
     assert [data.entity(j)["entity_id"] for j in (2, 0, 1)] == ["u2", "u0", "u1"]  # \u00e9 has two bytes
     assert data.candidate_image_path(3).endswith("raw/img/2_1.png")               # second image of entity 2
     assert data.candidate_image_path(0).endswith("raw/img/0_0.png")
+    first = S.load_data(folder, "val", limit=1)
+    assert len(first) == len(first.pool) == len(first.full) == 1 and first.identity == data.identity
     moved = shutil.move(str(tmp_path), str(tmp_path) + "_moved")  # raw and data move together
     assert S.load_data(os.path.join(moved, "data"), "val").open_image(1).size == (12, 8)
     assert S.load_data(os.path.join(moved, "data"), "val").identity == data.identity
 
 
-def test_load_data_refuses(tmp_path):
-    folder = write_data(str(tmp_path / "data"))
-    with pytest.raises(ValueError, match="prepared with scorer tiny@123456789abc, but other@0 is loaded: use --scorer "
-                                         "mini/scorer"):
-        S.load_data(folder, "val", "other@0")
-    with pytest.raises(ValueError, match=r"no split 'test'; it has \['val'\]"):
-        S.load_data(folder, "test")
-    manifest = os.path.join(folder, "manifest.json")
-    os.rename(manifest, manifest + ".away")
-    with pytest.raises(FileNotFoundError, match="manifest.json is missing: .* cut short; run `python prepare.py"):
-        S.load_data(folder, "val")
-    os.rename(manifest + ".away", manifest)
-    with open(os.path.join(folder, "kb_image.npy"), "r+b") as file:
-        file.truncate(130)
-    with pytest.raises(ValueError, match="kb_image.npy: 130 bytes where the manifest says 144"):
-        S.load_data(folder, "val")
-    os.remove(os.path.join(folder, "kb_image.npy"))
-    with pytest.raises(ValueError, match="kb_image.npy: no bytes where the manifest says 144"):
-        S.load_data(folder, "val")
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda m: m.update(version=0), "version 0, this program reads 1"),
-    (lambda m: m.update(args=None), "manifest.json is damaged .TypeError: args is no dict.; run"),
-    (lambda m: m["files"]["kb_image.npy"].update(bytes=None), "bytes of kb_image.npy is no int"),
-    (lambda m: m.update(dim=3), r"val_full.npy: shape \(2, 2\), expected \(2, 3\)"),
-    (lambda m: m["kb"].update(kept=2), r"kb_text.npy: shape \(3, 2\), expected \(2, 2\)"),
-    (lambda m: m.update(K=20), r"val.jsonl:1: query 'q0': 3 candidates, the manifest's K is 20")])
-def test_load_data_checks_the_manifest(tmp_path, change, message):
-    folder = write_data(str(tmp_path / "data"))
-    with open(os.path.join(folder, "manifest.json")) as file:
-        manifest = json.load(file)
-    change(manifest)
-    S.write_json(os.path.join(folder, "manifest.json"), manifest)
-    with pytest.raises(ValueError, match=message):
-        S.load_data(folder, "val")
+@pytest.mark.parametrize("scorer, message", [
+    (Stranger(0.8, 0.6), r"prepared with scorer mini/scorer in float32; other in float32 gives others \(cosine 0.96"),
+    (type("Low", (Stranger,), {"dtype": torch.bfloat16})(0.6, 0.8), "other in bfloat16"),
+    (type("Small", (Stranger,), {"dim": 3})(1, 0, 0), r"cosine 0.0000")])
+def test_another_scorer_is_refused(tmp_path, scorer, message):
+    with pytest.raises(S.InputError, match=message):
+        S.load_data(write_data(str(tmp_path / "data")), "val", scorer)
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"pool": [9, 0, 1]}, "val.jsonl:2: query 'q1': a candidate is outside the 3 entities and 4 images"),
-    ({"pool_image": [1, 0, 1]}, "val.jsonl:2: query 'q1': pool_image names images of other entities")])
-def test_load_data_checks_the_pools(tmp_path, changes, message):
-    folder = write_data(str(tmp_path / "data"))
-    good = {"pool": [2, 0, 1], "pool_image": [3, 0, 1]}
-    S.write_pool(os.path.join(folder, "val.jsonl"), [query(0, **good), query(1, **{**good, **changes})])
-    with pytest.raises(ValueError, match=message):
+    (dict(version=1), "manifest.json was written by another version of prepare.py; run"),
+    (dict(splits={}), r"no split 'val'; it has \[\]"),
+    (dict(dim=3), r"kb_image.npy: float16 \(4, 2\) where float16 \(-1, 3\) fits"),
+    (dict(K=20), r"val_pool.npy: int32 \(2, 3\) where int32 \(2, 20\) fits"),
+    (dict(root="/"), "root '/' is no folder of images"),  # would make every picture of a machine readable
+    (dict(root="../../../../../../../../../../.."), "root .* is no folder of images"),
+    (dict(labels=[[0, 1, 0]]), r"val_labels.npy: bool \(1, 3\) where bool \(2, 3\) fits"),
+    (dict(pool=[[2, 0, 1], [9, 0, 1]]), "val_pool_image.npy names images of other entities"),
+    (dict(pool_image=[[3, 0, 1], [1, 0, 1]]), "val_pool_image.npy names images of other entities"),
+    (dict(pool_image=[[3, 0, 1], [9, 0, 1]]), "val_pool_image.npy names images of other entities")])
+def test_load_data_refuses(tmp_path, changes, message):
+    folder = write_data(str(tmp_path / "data"), **changes)
+    with pytest.raises(S.InputError, match=message):
         S.load_data(folder, "val")
+
+
+def test_load_data_of_damaged_files(tmp_path):
+    folder = write_data(str(tmp_path / "data"))
+    for name, remains in (("kb_image.npy", 130), ("val_full.npy", 20), ("val_pool.npy", 0), ("val.jsonl", 90)):
+        shutil.copytree(folder, folder + name)
+        os.truncate(os.path.join(folder + name, name), remains)
+        with pytest.raises(S.InputError, match="val_pool.npy|" + name):  # a shorter .jsonl shows in its arrays
+            S.load_data(folder + name, "val")
+    with open(os.path.join(folder, "val_full.npy"), "wb") as file:
+        np.save(file, np.array([[None, {}]], dtype=object), allow_pickle=True)
+    with pytest.raises(S.InputError, match="val_full.npy: not a whole .npy file .*Python objects"):
+        S.load_data(folder, "val")
+    os.remove(os.path.join(folder, "manifest.json"))
+    with pytest.raises(FileNotFoundError, match="manifest.json is missing: .* cut short; run `python prepare.py"):
+        S.load_data(folder, "val")
+
+
+@pytest.mark.parametrize("image", ["/etc/passwd", "../secret.png", "a/../../b.png", "a\\..\\..\\b.png"])
+def test_paths_stay_inside_the_root(tmp_path, image):
+    """Of query images, and of candidates' in kb.jsonl."""
+    data = S.load_data(write_data(str(tmp_path / "data"), image=image), "val")
+    with pytest.raises(S.InputError, match=r"val.jsonl:1: image .* must be a path inside the root"):
+        data.open_image(0)
+    path = os.path.join(data.folder, "kb.jsonl")
+    with open(path, encoding="utf-8") as file:
+        text = file.read().replace('"img/0_0.png"', json.dumps(image))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    with pytest.raises(S.InputError, match=r"kb.jsonl:1: image .* must be a path inside the root"):
+        S.load_data(data.folder, "val").candidate_image_path(0)
 
 
 def test_open_image_names_file_and_line(tmp_path):
@@ -806,8 +674,71 @@ def test_open_image_names_file_and_line(tmp_path):
     image = os.path.join(folder, "../raw/img/a.png")
     with open(image, "r+b") as file:
         file.truncate(os.path.getsize(image) - 30)  # its end marker alone would not be missed
-    with pytest.raises(ValueError, match=r"a\.png cannot be read.*val\.jsonl:2 \(q1\)"):
+    with pytest.raises(S.InputError, match=r"a\.png, needed by .*val\.jsonl:2, cannot be read"):
         data.open_image(1)
     os.remove(image)
-    with pytest.raises(FileNotFoundError, match=r"a\.png is missing.*val\.jsonl:1 \(q0\)"):
+    with pytest.raises(FileNotFoundError, match=r"a\.png, needed by .*val\.jsonl:1, is missing"):
         data.open_image(0)
+
+
+MILLION = """
+import resource, sys, time
+import numpy as np
+import scorer as S
+folder, Q = sys.argv[1], 1_000_000
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+data = S.load_data(folder, "val")
+print(len(data), data.queries[Q - 1].query_id, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_million_queries_open_in_little_memory(tmp_path):
+    """MiB: [Q, K] arrays stay on disk, lines are not parsed. (Rows of dicts would be 3.5 GB.)"""
+    folder, Q = write_data(str(tmp_path / "data")), 1_000_000
+    line = json.dumps({"query_id": "q%07d", "image": "img/a.png", "question": "What is this beetle?", "positives": ["u0"]})
+    with open(os.path.join(folder, "val.jsonl"), "w") as file:
+        file.writelines(line % i + "\n" for i in range(Q))
+    for name, row in (("pool", [2, 0, 1]), ("pool_image", [3, 0, 1]), ("labels", [0, 1, 0]), ("retrieval", [.9, .5, .2]),
+                      ("full", [1, 0])):
+        S.write_array(os.path.join(folder, f"val_{name}.npy"), np.tile(np.array(row, S.ARRAYS[name]), (Q, 1)))
+    done = subprocess.run([sys.executable, "-c", MILLION, folder], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(S.__file__))})
+    count, last, memory = done.stdout.split()
+    assert (count, last) == ("1000000", "q0999999") and float(memory) < 300, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- run files
+
+def test_trec_round_trip(tmp_path):
+    """Ties keep the pool's order for readers that sort by score alone; blanks in ids are quoted."""
+    path = str(tmp_path / "a.trec")
+    scores = np.array([0.5, 0.7, 0.5, 0.5], np.float32)
+    S.write_trec(path, [("q 1", ["a b", "https://x/y?z=1&w", "c", "d"], scores)], "mine")
+    rows = [line.split() for line in open(path)]
+    assert [row[2] for row in rows] == ["https://x/y?z=1&w", "a%20b", "c", "d"] and rows[0][0] == "q%201"
+    values = [float(row[4]) for row in rows]
+    assert values == sorted(values, reverse=True) and len(set(values)) == 4 and abs(values[3] - 0.5) < 1e-6
+    assert S.read_trec(path) == {"q%201": ["https://x/y?z=1&w", "a%20b", "c", "d"]}
+    (tmp_path / "b.trec").write_text("\ufeffq Q0 b 2 1.0 t\nq Q0 a 1 1.0 t\n\nq Q0 c 3 5e0 t\n", encoding="utf-8")
+    assert S.read_trec(tmp_path / "b.trec") == {"q": ["c", "a", "b"]}  # by score, then by rank
+
+
+@pytest.mark.parametrize("line", ["q Q0 a 1 nan t", "q Q0 a 1 0.5", "q Q0 a one 0.5 t", "q Q0 a b 1 0.5 t", "\xff\xfe Q0"])
+def test_bad_trec_lines(tmp_path, line):
+    (tmp_path / "a.trec").write_bytes(b"q Q0 a 1 0.5 t\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(S.InputError, match=r"a.trec:2: expected `query Q0 entity rank score tag`"):
+        S.read_trec(tmp_path / "a.trec")
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    """By another process, that is; and let go of when its file is closed or its process ends, however it ends."""
+    code = f"import scorer as S, time; f = S.hold({str(tmp_path)!r}, '--run'); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(S.__file__))})
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(S.InputError, match="in use by another process .*choose another --run"):
+        S.hold(str(tmp_path), "--run")
+    other.kill()
+    other.wait()
+    S.hold(str(tmp_path), "--run").close()
+    S.hold(str(tmp_path), "--run").close()
