@@ -1,0 +1,202 @@
+"""Candidates and pictures from other programs: tools/runs.py, mine.py, echosight.py and atomic.py, and what prepare.py
+makes of them.
+
+    python -m pytest tests/test_candidates.py
+"""
+
+import importlib.machinery
+import itertools
+import json
+import os
+import sys
+import types
+from collections import Counter, namedtuple
+
+import faiss
+import numpy as np
+import pytest
+
+import scorer as S
+from tools import atomic, mine, runs
+
+# ------------------------------------------------------------------------------------------- EchoSight's and OMGM's files
+
+RANKED = {"E-VQA_0": ["https://w/a b", "https://w/c"], "infoseek_val_1": ["https://w/\u00e9"]}
+
+
+def result_file(folder, form):
+    """RANKED in one of their forms."""
+    content = {
+        "omgm": lambda urls: {"retrieved_entities": [{"url": url, "title": "t"} for url in urls], "sec_sim": [1]},
+        "retrieved": lambda urls: {"retrieved_entries": urls, "retrieval_similarities": [.5] * len(urls)},
+        # Re-ranked entries stand beside what was retrieved, and with one entity a section they can repeat.
+        "reranked": lambda urls: {"retrieved_entries": urls[::-1], "reranked_entries": [urls[0], *urls]}}[form]
+    path = folder / f"{form}.json"
+    path.write_text("\ufeff" * (form == "omgm")  # a byte-order mark, as an editor leaves it
+                    + json.dumps({query: content(urls) for query, urls in RANKED.items()}), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("form, flags, want", [
+    ("omgm", [], RANKED), ("retrieved", [], RANKED), ("reranked", [], RANKED),
+    ("reranked", ["--stage", "retrieved"], {query: urls[::-1] for query, urls in RANKED.items()}),
+    ("omgm", ["--split", "test"], {"E-VQA_test_0": RANKED["E-VQA_0"], "infoseek_val_1": RANKED["infoseek_val_1"]})])
+def test_result_files_become_runs(tmp_path, capsys, form, flags, want):
+    out = str(tmp_path / "out.trec")
+    runs.main([result_file(tmp_path, form), "--out", out, *flags])
+    assert S.read_trec(out) == {query: [S.trec_id(url) for url in urls] for query, urls in want.items()}
+    assert "2 queries, 3 entities" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b'{"q0": ', "not whole JSON"), (b'{"q0": "\xff"}', "not whole JSON in UTF-8"), (b"[1, 2]", "found a list"),
+    (b"{}", "object of query"), (b'{"q0": {"top_20": []}}', "'q0' has none of reranked_entries"),
+    (b'{"q0": [1]}', "'q0' has none of"), (b'{"q0": {"retrieved_entities": [{"title": "x"}]}}', "'q0': its entities"),
+    (b'{"q0": {"retrieved_entities": 3}}', "'q0': its entities"), (b'{"q0": {"reranked_entries": []}}', "'q0': its"),
+    (b'{"q0": {"retrieved_entries": [["u"]]}}', "'q0': its"), (b'{"q0": {"retrieved_entries": []}}', "none of its 1 quer"),
+    (None, "No such file")])
+def test_result_files_that_are_none(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "their.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=complaint) as error:
+        runs.main([str(tmp_path / "their.json"), "--out", str(tmp_path / "out.trec")])
+    assert "their.json" in str(error.value) and not (tmp_path / "out.trec").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ mined negatives
+
+def knowledge_base(folder, kb, owner, queries, positives):
+    """As much of a data folder as mine.py reads; entities are called e0, e1 ...; K = 2 with made-up pools."""
+    names, q, pool = [f"e{j}" for j in range(owner[-1] + 1)], len(queries), np.zeros((len(queries), 2), np.int32)
+    pool[:, 1] = 1
+    (folder / "kb.jsonl").write_text("".join(json.dumps({"entity_id": name}) + "\n" for name in names))
+    for name, array in (("kb_image", kb), ("kb_entity", owner), ("kb_text", np.zeros((len(names), kb.shape[1]), "f2"))):
+        S.write_array(str(folder / f"{name}.npy"), array)
+    S.write_split(str(folder), "train", [S.Query(f"q{i}", "x.png", "?", [f"e{j}"]) for i, j in enumerate(positives)],
+                  pool=pool, pool_image=np.searchsorted(owner, pool), labels=pool == 0, retrieval=np.zeros((q, 2)),
+                  full=queries)
+    S.write_json(folder / "manifest.json", {"version": 2, "scorer": {}, "K": 2, "dim": kb.shape[1], "root": "..",
+                                            "splits": {"train": {}}, "files": {}})
+
+
+@pytest.fixture
+def world(tmp_path):
+    """90 entities of 1 to 8 images in 5 dimensions; one image belongs to ten entities; positives, one of them unknown."""
+    rng = np.random.default_rng(2)
+    owner = np.sort(np.r_[np.arange(90), rng.integers(0, 90, 310)]).astype(np.int32)
+    kb = rng.normal(size=(400, 5)).astype(np.float16)
+    kb[rng.permutation(400)[:10]] = kb[0]
+    queries, positives = rng.normal(size=(20, 5)).astype(np.float16), rng.integers(0, 90, 20)
+    positives[7] = 1000
+    knowledge_base(tmp_path, kb, owner, queries, positives)
+    return types.SimpleNamespace(folder=str(tmp_path), kb=kb, owner=owner, queries=queries, positives=positives)
+
+
+def mine_by_hand(world, i, tolerance, k=5):
+    """Pool of query i, best first, by a loop over all entities; None where it has none."""
+    best = np.array([(S.normalise(world.kb[world.owner == j]) @ S.normalise(world.queries[i])).max() for j in range(90)])
+    positive = world.positives[i]
+    if positive >= 90:
+        return None
+    gaps = np.abs(best - best[positive])
+    gaps[positive] = -1  # first of all
+    order = np.argsort(gaps.round(6), kind="stable")[:k]
+    return None if gaps[order[-1]] > tolerance else [f"e{j}" for j in sorted(order, key=lambda j: -best[j])]
+
+
+@pytest.mark.parametrize("tolerance", [.05, .01])
+def test_mined_pools_by_hand(world, capsys, tolerance):
+    out = os.path.join(world.folder, "train.trec")
+    mine.main(["--data", world.folder, "--out", out, "--similarity-tolerance", str(tolerance), "--device", "cpu"])
+    want = {f"q{i}": mine_by_hand(world, i, tolerance) for i in range(20)}
+    kept = {query: pool for query, pool in want.items() if pool}
+    assert S.read_trec(out) == kept and 0 < len(kept) < 20
+    assert f"{len(kept)} pools, 1 positive not in the knowledge base" in capsys.readouterr().out
+
+
+def test_mining_does_not_depend_on_blocks(world):
+    data = S.load_data(world.folder, "train")
+    rows = np.flatnonzero(world.positives < 90)
+    whole = mine.mine(data, rows, world.positives[rows], 5)
+    for block, at_once in ((33, 7), (1, 1)):
+        parts = mine.mine(data, rows, world.positives[rows], 5, block=block, at_once=at_once)
+        assert (parts[0] == whole[0]).all()
+        np.testing.assert_allclose(parts[1], whole[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--similarity-tolerance", "1e-9"], r"no query of train has a pool: .*too few negatives.*: 19"),
+    (["--k", "91"], "no query of train has a pool"), (["--split", "val"], "no split 'val'"),
+    (["--data", "nowhere"], r"nowhere/manifest\.json is missing")])
+def test_mining_that_finds_nothing(world, flags, complaint):
+    out = os.path.join(world.folder, "train.trec")
+    with pytest.raises(SystemExit, match=complaint):
+        mine.main(["--data", world.folder, "--out", out, "--device", "cpu", *flags])
+    assert not os.path.exists(out)
+
+
+# ----------------------------------------------------------------------------------------------------- AToMiC's parquet
+
+class FakeParquet:
+    """As much of pyarrow.parquet.ParquetFile as is used; a file holds JSON."""
+    opened = 0
+
+    def __init__(self, path):
+        FakeParquet.opened += 1
+        with open(path, encoding="utf-8") as file:
+            self.rows = json.load(file)  # a JSONDecodeError is a ValueError, as pyarrow's ArrowInvalid
+
+    def iter_batches(self, batch_size, columns):
+        assert columns == ["image_url", "image"]
+        Cell, Column = namedtuple("Cell", "as_py"), type("Column", (list,), {"to_pylist": list.copy})
+        for start in range(0, len(self.rows), 5):
+            rows = self.rows[start:start + 5]
+            columns = {"image_url": Column(row["url"] for row in rows),
+                       "image": [Cell(lambda row=row: row["image"] and {"bytes": row["image"].encode(), "path": None})
+                                 for row in rows]}
+            yield types.SimpleNamespace(column=columns.get)
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """A root with a knowledge base of 12 images, 11 of which two parts of AToMiC hold; arguments of atomic.main."""
+    package, module = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
+    package.__spec__, module.ParquetFile, FakeParquet.opened = importlib.machinery.ModuleSpec("pyarrow", None), FakeParquet, 0
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
+    urls = [f"https://up.org/caf\u00e9_{n}.jpg" for n in range(12)]
+    S.write_json(tmp_path / "encyclopedic_kb_wiki.json", {f"e{j}": {"image_urls": urls[4 * j:4 * j + 4]} for j in range(3)})
+    (tmp_path / "atomic").mkdir()
+    for part in range(2):
+        rows = [{"url": url, "image": f"picture {url}" if n != 4 else None} for n, url in enumerate(urls) if n % 2 == part]
+        content = [*rows, {"url": "https://other", "image": "no"}, {"url": None, "image": "no"}]
+        (tmp_path / f"atomic/part-{part}.parquet").write_text(json.dumps(content))
+    return types.SimpleNamespace(root=tmp_path, urls=urls, flags=["--root", str(tmp_path), "--atomic",
+                                                                  str(tmp_path / "atomic")])
+
+
+def test_atomic_is_unpacked_once(parquet, capsys):
+    atomic.main(parquet.flags)
+    mapping = S.read_json(parquet.root / "url_to_path_mapping.json", "")
+    assert sorted(mapping) == sorted(set(parquet.urls) - {parquet.urls[4]}) and "11 images" in capsys.readouterr().out
+    for url, path in mapping.items():
+        assert (parquet.root / path).read_text() == f"picture {url}" and path.startswith("atomic_images/")
+    assert sum(name.endswith(".jpg") for _, _, names in os.walk(parquet.root / "atomic_images") for name in names) == 11
+    with pytest.raises(SystemExit, match=r"mapping\.json is there already: remove it, or write another file with --out"):
+        atomic.main(parquet.flags)
+    os.remove(parquet.root / "atomic_images/part-1.parquet.json")  # as after a kill: one part is left
+    atomic.main([*parquet.flags, "--out", "other.json"])
+    assert FakeParquet.opened == 3 and S.read_json(parquet.root / "other.json", "") == mapping
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda at: sys.modules.update(pyarrow=None), "pip install pyarrow"),
+    (lambda at: os.remove(at / "encyclopedic_kb_wiki.json"), "encyclopedic_kb_wiki.json is missing; name .* --kb"),
+    (lambda at: (at / "encyclopedic_kb_wiki.json").write_text('{"u": {"title": "x"}}'), "entry 'u' has no list image_urls"),
+    (lambda at: (at / "atomic/part-1.parquet").write_text("[cut"), "part-1.parquet: no whole parquet file"),
+    (lambda at: [os.remove(at / f"atomic/part-{n}.parquet") for n in range(2)], "atomic holds no .parquet")])
+def test_atomic_refuses(parquet, change, complaint):
+    change(parquet.root)
+    with pytest.raises(SystemExit, match=complaint):
+        atomic.main(parquet.flags)
+    assert not (parquet.root / "url_to_path_mapping.json").exists()
