@@ -123,11 +123,7 @@ def test_threshold(question, threshold, decision):
     assert (found.view.size == (32, 64)) == (decision == "REGION")
 
 
-def test_threshold_asks_again_only_where_the_decision_changes():
-    policy, image = ScriptedPolicy(), two_halves()
-    found = tool.decide(policy, [image] * 3, ["0", "1", "2"], "grammar", .8, None)
-    assert [action.decision for action in found] == ["REGION", "FULL", "FULL"]
-    assert policy.asked == [(3, "grammar", None), (1, "grammar", "FULL")]
+def test_threshold_needs_an_exact_probability():
     with pytest.raises(InputError, match="grammar"):
         ranked("0", decode="free", threshold=.5)
 

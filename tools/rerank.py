@@ -118,15 +118,13 @@ def decide(policy, images, questions, decode, threshold, force):
         except ValueError as error:  # a question with a special token, an image too narrow: the policy says which
             raise InputError(str(error)) from error
 
-    actions = act(range(len(images)), force)
     if threshold is None or force is not None:
-        return actions
-    wanted = ["REGION" if action.p_region > threshold else "FULL" for action in actions]
-    for decision in ("FULL", "REGION"):
-        # Asked again, so that the text is that of the decision and a box is written only where it is wanted.
-        other = [i for i, action in enumerate(actions) if wanted[i] == decision != action.decision]
-        for i, action in zip(other, act(other, decision) if other else ()):
-            actions[i] = action
+        return act(range(len(images)), force)
+    # The box has to be written before it is known whether it is wanted; p(REGION | x) is the same when forced.
+    actions = act(range(len(images)), "REGION")
+    kept = [i for i, action in enumerate(actions) if not action.p_region > threshold]
+    for i, action in zip(kept, act(kept, "FULL") if kept else ()):  # asked again, for the text of that decision
+        actions[i] = action
     return actions
 
 
