@@ -456,10 +456,12 @@ def weight_files(name):
     from transformers.utils.hub import get_checkpoint_shard_files
     try:
         cached_file(name, "config.json", _raise_exceptions_for_missing_entries=not folder)
-        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            if path := cached_file(name, index, _raise_exceptions_for_missing_entries=False):
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            if path := cached_file(name, f"{file}.index.json", _raise_exceptions_for_missing_entries=False):
                 return get_checkpoint_shard_files(name, path)[0]
-        return [cached_file(name, "model.safetensors")]
+            if path := cached_file(name, file, _raise_exceptions_for_missing_entries=False):
+                return [path]
+        raise OSError("neither model.safetensors nor pytorch_model.bin is there, whole or in shards.")
     except (OSError, ValueError, KeyError) as error:  # a shard that is missing, an unknown id, no connection
         raise InputError(f"scorer {name!r}: {brief(error)} {KNOWN}") from error
 
@@ -591,12 +593,14 @@ class OpenClipScorer(Scorer):
             if "mean" not in read_json(config, "an open_clip folder has it and the weights").get("preprocess_cfg", {}):
                 raise InputError(f"{config}: its preprocess_cfg has no mean; CLIP's would be taken")
         try:
-            model, _, steps = open_clip.create_model_and_transforms(self.source, require_pretrained=True, **settings)
+            model = open_clip.create_model(self.source, require_pretrained=True, **settings)
         # A state that does not fit is a RuntimeError; the others come from damaged files and from being offline.
         except (RuntimeError, OSError, EOFError, KeyError, ValueError, SafetensorError,
                 torch.serialization.pickle.UnpicklingError) as error:
             raise InputError(f"{name}: open_clip cannot load its weights, or fetch them: {brief(error)}") from error
-        self.model, self.preprocess = model.to(self.device, self.dtype).eval(), Preprocess(steps=steps)
+        self.model = model.to(self.device, self.dtype).eval()
+        pixels = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+        self.preprocess = Preprocess(steps=open_clip.transform.image_transform_v2(pixels, is_train=False))
         self.dim = open_clip.get_model_config(self.source)["embed_dim"]
 
     @cached_property
@@ -640,7 +644,10 @@ def read_json(path, remedy):
         raise FileNotFoundError(f"{path} is missing: {remedy}")
     with open(path, encoding="utf-8") as file:
         try:
-            return dict(json.load(file))
+            content = json.load(file)
+            if not isinstance(content, dict):
+                raise TypeError(f"it holds a {type(content).__name__}")
+            return content
         except (ValueError, TypeError, RecursionError) as error:  # no JSON, no UTF-8, no object
             raise InputError(f"{path} is no JSON object ({error}): {remedy}") from error
 
