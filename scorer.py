@@ -99,8 +99,6 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows more, but EPS starts another program
 MAX_PIXELS = 100_000_000
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, ArithmeticError, struct.error,
-           zlib.error, Image.DecompressionBombError)  # what Pillow's readers raise on damaged bytes
 
 
 class TooLarge(InputError):
@@ -114,27 +112,28 @@ def read_image(file, name=None):
     as browsers do, so boxes are in the pixels that a viewer shows. Of an animation the first frame.
     """
     name = name or file
-    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
-        raise FileNotFoundError(f"image {name} is missing")
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header, before pixels are decoded
                 raise TooLarge(f"image {name} has more than {MAX_PIXELS:,} pixels: make it smaller")
             image.load()  # open() reads the header only: a cut file shows itself here
             ImageOps.exif_transpose(image, in_place=True)
-    except DAMAGED as error:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image {name} is missing") from error
+    # What Pillow's readers raise on damaged bytes.
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, ArithmeticError, struct.error,
+            zlib.error, Image.DecompressionBombError) as error:
         raise error if isinstance(error, TooLarge) else InputError(f"image {name} cannot be read: {error}")
-    return as_rgb(image, name)
+    return as_rgb(image)
 
 
-def as_rgb(image, name="given"):
+def as_rgb(image):
     """PIL image of any mode -> RGB with 8 bits a channel. Transparent parts become white, as a page shows them."""
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip 16 bits: all above 255 to white
+    if image.mode == "F":
+        raise InputError("a picture of floating-point numbers of unknown range: save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits, of which convert() would clip all above 255 to white
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise InputError(f"image {name} has pixels of an unknown range: save it with 8 bits a channel")
-        deep = image.mode != "I" or values.max() > 255  # Pillow opens some 16-bit files as 32-bit "I"
-        image = Image.fromarray((values // 256 if deep else values).astype(np.uint8))
+        image = Image.fromarray((values // 256 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:  # convert("RGB") alone shows whatever colour lies below, mostly black
         below = Image.new("RGBA", image.size, "white")
         below.alpha_composite(image.convert("RGBA"))
@@ -244,7 +243,7 @@ class Block(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c):  # c: EvaClipConfig
         super().__init__()
         self.image_size = c.image_size
         self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
@@ -848,16 +847,15 @@ def read_trec(path):
     (see trec_id). By score, equal scores by rank. InputError naming file and line."""
     found = {}
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in ((number, line) for number, line in enumerate(file, 1) if line.strip()):
             try:
                 query, _, entity, rank, score, _ = line.decode("utf-8-sig").split()
                 if math.isnan(float(score)):
-                    raise ValueError("sorted by NaN, entities come out in any order")
+                    raise ValueError("NaN is no score")
                 found.setdefault(query, []).append((-float(score), int(rank), entity))
             except ValueError as error:
-                if line.strip():
-                    raise InputError(f"{path}:{number}: expected `query Q0 entity rank score tag`, not {line[:99]!r}; "
-                                     "blanks in an id are written %20") from error
+                raise InputError(f"{path}:{number}: expected `query Q0 entity rank score tag` ({error}); blanks in an "
+                                 "id are written %20") from error
     return {query: [entity for _, _, entity in sorted(listed)] for query, listed in found.items()}
 
 
