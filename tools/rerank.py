@@ -168,7 +168,7 @@ def read_candidates(source):
             lines = [(line, f"{source}:{number}") for number, line in enumerate(file, 1) if line.strip()]
         return checked([as_candidate(read_object(line, where), source, where) for line, where in lines], source)
     if not os.path.isdir(source):
-        raise InputError(f"candidates {source}: expected a folder of images, a .jsonl or a .trec")
+        raise InputError(f"candidates {source}: no folder of images, and neither a .jsonl nor a .trec")
     files = sorted(path for path in Path(source).iterdir() if path.is_file())
     images = [path for path in files if path.suffix.lower() in IMAGES]
     texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
@@ -289,9 +289,10 @@ class Models:
         self.decode = args.decode or trained.get("decode", "grammar")
         if self.threshold is not None and self.decode == "free":
             raise InputError("--threshold needs --decode grammar: free text has no exact p(REGION | x)")
+        prepared = {}
         # The run's own data may be gone by now: candidates in files do not need it.
-        prepared = {} if not self.folder or not (args.data or os.path.isdir(self.folder)) else \
-            read_manifest(self.folder)["scorer"]
+        if args.data or (self.folder and os.path.isfile(os.path.join(self.folder, "manifest.json"))):
+            prepared = read_manifest(self.folder)["scorer"]
         scorer = args.scorer or prepared.get("name") or config.get("scorer")
         if not scorer:
             raise InputError("no scorer: give --scorer, or --data, or a --run that was trained with one")
@@ -417,13 +418,11 @@ def one_job(args, models):
     row = models.row_of(args.query) if args.query else None
     image = args.image or models.data.image_path(row)
     question = args.question or models.data.queries[row].question
-    source = args.candidates
-    if source is not None and not os.path.exists(source):
-        raise FileNotFoundError(f"candidates {source} are missing: expected a folder of images, a .jsonl or a .trec")
-    if source is not None and source.endswith(".trec"):
-        return Job(args.query, image, question, run=source)
+    if args.candidates and args.candidates.endswith(".trec"):
+        return Job(args.query, image, question, run=args.candidates)
+    listed = read_candidates(args.candidates) if args.candidates else None
     # An image of one's own has no pool, even where --query is there for its question.
-    return Job(args.query, image, question, source and read_candidates(source), row=None if args.image else row)
+    return Job(args.query, image, question, listed, row=None if args.image else row)
 
 
 def record(pool, result):
@@ -592,8 +591,6 @@ def parse_args(argv=None):
         parser.error("--image needs a --question: where to look depends on what is asked")
     if (args.batch is None) != (args.out is None):
         parser.error("--batch and --out need each other")
-    if args.batch is not None and not args.batch.endswith((".jsonl", ".trec")):
-        parser.error(f"--batch {args.batch}: expected a .jsonl or a .trec")
     if args.save_image and not args.save_image.lower().endswith((".png", ".jpg", ".jpeg")):
         parser.error(f"--save-image {args.save_image}: expected a name that ends in .png or .jpg")
     return args
