@@ -51,11 +51,11 @@ import faiss
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from scorer import (POOL_VERSION, Query, hold, load_data, load_scorer, normalise, read_array, read_image, replacing,
-                    scores, write_array, write_json, write_pool)
+import scorer as pool_files
+from scorer import Query, hold, load_scorer, normalise, read_image, replacing, write_array, write_json
 
 COLUMNS = ("question", "question_type", "dataset_name", "dataset_image_ids", "wikipedia_url")
 SINGLE_HOP = ("automatic", "templated", "multi_answer", "infoseek")  # what all prior work keeps
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     # Checked here rather than by argparse's `type`, whose message cannot name the legal values.
     if set(args.splits) - {"train", "val", "test"}:
         parser.error(f"--splits {','.join(args.splits)}: expected a comma list out of train, val, test")
-    for name, least in (("k", 2), ("batch_size", 1), ("limit", 1), ("visualize", 0), ("shard_size", 1), ("workers", 1),
+    for name, least in (("k", 2), ("batch_size", 1), ("limit", 1), ("shard_size", 1), ("workers", 1),
                         ("num_candidates", 2), ("probes", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -161,8 +161,6 @@ def pool_flags(parser):
     group.add_argument("--probes", type=int, default=32, help="ivf: lists searched a query, >= 1 (default 32)")
     group.add_argument("--echosight", help="retrieve with EchoSight's index: folder of kb_index.faiss and "
                                            "kb_index_ids.pkl, made with the same scorer and knowledge base")
-    group = parser.add_argument_group("to look at")
-    group.add_argument("--visualize", type=int, default=0, metavar="N", help="draw N pools to OUT/pools.png, N >= 0")
 
 
 # ------------------------------------------------------------------------------------------------------ reading files
@@ -885,7 +883,7 @@ class Shards:
             with open(self.file(number, "json"), encoding="utf-8") as file:
                 content = json.load(file)
             key, bad = content["key"], content["bad"]
-            features = read_array(self.file(number, "npy"))  # mapped: the header and the file's size are looked at
+            features = np.load(self.file(number, "npy"), mmap_mode="r")  # mapped: the header and the file's size are looked at
         except (OSError, ValueError, KeyError, TypeError):  # such a shard is made again
             return None
         rows = min(self.size, self.count - number * self.size)
@@ -944,7 +942,7 @@ def embed(args, scorer, workers, name):
 def shard_key(args, scorer, items, images):
     """Names all that the features of a shard depend on."""
     # The identity is that of the files: the same weights in bfloat16 give features that differ in the third digit.
-    digest = hashlib.blake2b(f"{SHARD_VERSION} {scorer.identity} {torch.device(scorer.device).type} {scorer.dtype}"
+    digest = hashlib.blake2b(f"{SHARD_VERSION} {scorer.name} {torch.device(scorer.device).type} {scorer.dtype}"
                              .encode(), digest_size=16)
     for item in items:
         if images:
@@ -971,7 +969,7 @@ def embed_images(args, scorer, paths, bar):
             bar.update(len(opened))
             yield [image for _, image in opened if not isinstance(image, tuple)]
     with ThreadPoolExecutor(args.workers) as pool:
-        for batch in scorer.image_batches(batches(pool)):  # [B, D]
+        for batch in map(scorer.image_features, batches(pool)):  # [B, D]
             # float16 halves the files; at length ~10 its steps move a cosine by about 1e-5.
             features[coming.pop(0)] = batch
     return features, bad
@@ -1434,8 +1432,7 @@ class Pools:
         if n >= len(self.keep):
             raise IndexError(n)  # ends a loop over it
         i, row = self.keep[n], self.rows[self.keep[n]]
-        return Query(row.query_id, row.image, row.question, self.found[0][i].tolist(), self.images[i].tolist(),
-                     self.labels[i].tolist(), [round(float(c), 6) for c in self.found[2][i]], [row.positive])
+        return Query(row.query_id, row.image, row.question, [row.positive])
 
 
 def find_pools(args, split, kb, full, positives):
@@ -1590,9 +1587,7 @@ def echosight_pools(args, kb, echo, scan, entity_of, questions, queries):
 def index_files(args, world):
     """Names of the index files that are written: one of all rows, or, under torchrun, one of each process's."""
     # Not with mean: average_images replaces the rows that the index was made of, so its numbers would name others.
-    if args.pool == "mined" or args.index == "blocks" or args.echosight or args.candidate_image == "mean":
-        return []
-    return ["index.faiss"] if world == 1 else [f"index-{rank:05d}-of-{world:05d}.faiss" for rank in range(world)]
+    return []
 
 
 def make_index(args, kb, workers, queries):
@@ -1643,10 +1638,9 @@ def write_split(args, split, kb, questions, shards):
     rows, full = with_features(questions, shards)
     pools = make_pools(args, split, kb, rows, full, questions.drops) if rows else []
     check_rows(args, split, questions, pools)
-    # The same choice for both files: row i of one belongs to line i of the other.
-    blocks = (full[pools.keep[i:i + (1 << 16)]] for i in range(0, len(pools), 1 << 16))
-    write_rows(os.path.join(args.out, f"{split}_full.npy"), blocks, (len(pools), full.shape[1]))
-    write_pool(os.path.join(args.out, f"{split}.jsonl"), pools)
+    pool_files.write_split(args.out, split, pools, pool=pools.found[0][pools.keep], pool_image=pools.images[pools.keep],
+                           labels=pools.labels[pools.keep], retrieval=pools.found[2][pools.keep],
+                           full=full[pools.keep])
     return {"file": os.path.basename(question_file(args, split)), "rows_read": questions.read, "kept": len(pools),
             "with_positive": int(pools.labels[pools.keep].sum()),
             "positive_in_kb": sum(rows[i].positive in kb.known or rows[i].positive in kb.unused for i in pools.keep),
@@ -1749,11 +1743,13 @@ def finish(args, workers, scorer, scan, kb, splits, entry_drops, image_drops):
                  "first_dropped": {**entry_drops.first, **image_drops.first}}
     names = ["kb.jsonl", "kb_image.npy", "kb_entity.npy", "kb_text.npy",
              *index_files(args, workers.world),
-             *(name for split in args.splits for name in (f"{split}.jsonl", f"{split}_full.npy"))]
+             *(name for split in args.splits for name in (f"{split}.jsonl", *(
+                 f"{split}_{part}.npy" for part in pool_files.ARRAYS)))]
     manifest = {
-        "version": POOL_VERSION, "dataset": args.dataset, "args": vars(args),
+        "version": 2, "dataset": args.dataset, "args": vars(args),
         "root": os.path.relpath(args.root, args.out),  # so that raw/ and data/ can move together
-        "scorer": scorer.identity, "scorer_name": scorer.name, "K": args.k, "dim": scorer.dim,
+        "scorer": {"name": scorer.name, "dtype": str(scorer.dtype).removeprefix("torch."),
+                   "fingerprint": scorer.fingerprint().tolist()}, "K": args.k, "dim": scorer.dim,
         "splits": splits, "kb": kb_counts, "index": kb.notes,
         "files": {name: describe(os.path.join(args.out, name)) for name in names},
         "packages": {module.__name__: module.__version__ for module in (torch, faiss, np, PIL)}}
@@ -1832,55 +1828,12 @@ def count_table(groups, dropped, last):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------- to look at
-
-def draw_pools(out, count, cell=128, negatives=6):
-    """OUT/pools.png: one line a query: its image, the positive (green), and the negatives that score best with the full
-    image (Eq. 4), each with its rank and score. Reads what was written, so it also shows that it can be read."""
-    with open(os.path.join(out, "manifest.json"), encoding="utf-8") as file:
-        splits = list(json.load(file)["splits"])
-    data = load_data(out, "val" if "val" in splits else splits[0])  # val: test is not to choose by
-    with_positive = [i for i, query in enumerate(data.queries) if 1 in query.labels]
-    # Spread over the file: its first rows are often of one species.
-    chosen = [with_positive[n * len(with_positive) // count] for n in range(min(count, len(with_positive)))]
-    sheet = Image.new("RGB", ((2 + negatives) * (cell + 8), max(1, len(chosen)) * (cell + 54)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for line, i in enumerate(chosen):
-        query, top = data.queries[i], line * (cell + 54)
-        full = scores(data.full[i], data.candidates(i))  # [K]
-        order = np.argsort(-full, kind="stable")  # ties in pool order, as the metrics break them
-        ranked = list(enumerate(order.tolist(), 1))
-        shown = [(r, k) for r, k in ranked if query.labels[k]][:1] + [(r, k) for r, k in ranked if not query.labels[k]]
-        pen.text((4, top + 2), f"{query.query_id}  {query.question}", fill="black")
-        sheet.paste(fitted(data.open_image(i), cell), (4, top + 20))
-        for column, (rank, k) in enumerate(shown[:1 + negatives], 1):
-            left, entity = column * (cell + 8), data.entity(query.pool[k])
-            image = fitted(read_image(data.candidate_image_path(query.pool_image[k])), cell)
-            sheet.paste(image, (left, top + 20))
-            if query.labels[k]:
-                frame = (left - 2, top + 18, left + image.width + 1, top + 21 + image.height)
-                pen.rectangle(frame, outline="green", width=2)
-            pen.text((left, top + cell + 22), f"{rank}: {full[k]:.3f}\n{entity['title'][:20]}", fill="black")
-    path = os.path.join(out, "pools.png")
-    with replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return path
-
-
-def fitted(image, side):
-    """PIL image at the size that just fits a square. ImageOps.contain would round a sliver to no pixel, and raise."""
-    scale = side / max(image.size)
-    return image.resize([max(1, round(length * scale)) for length in image.size])
-
-
 def main(argv=None):
     args = parse_args(argv)
     try:
         result = prepare(args)
         if isinstance(result, dict):
             print(table(result))
-            if args.visualize:
-                print(f"pools drawn to {draw_pools(args.out, args.visualize)}")
         elif result:  # a dry run's report
             print(result)
     except (OSError, ValueError) as error:  # the messages name file, row and remedy; a trace adds nothing
