@@ -1213,6 +1213,13 @@ def retrieve(index, kb_entity, queries, k, at_once=1 << 14):
     return found
 
 
+def nearest_entities(kb_image, kb_entity, queries, k, device="cpu"):
+    """The k distinct entities whose best image is nearest to each query [Q, D], exactly -> (entities, image rows,
+    cosines) [Q, k], best first."""
+    entities, rows, cosines, _ = retrieve(BlockSearch(kb_image, device), kb_entity, queries, k)
+    return entities, rows, cosines
+
+
 def pick_entities(found, todo, cosines, rows, kb_entity, depth, total):
     """Write the results of the queries `todo` that hold k entities into found; returns the other queries."""
     k, unfinished = found[0].shape[1], []
