@@ -1,12 +1,15 @@
-"""policy.py against slow, obvious oracles on a tiny random Qwen2.5-VL: each completion alone, no cache, no packing."""
+"""policy.py and tools/merge.py against slow, obvious oracles on a tiny random Qwen2.5-VL: each completion alone, no
+cache, no packing; transformers' own forward and generate; peft."""
 
 import doctest
 import functools
 import itertools
 import json
 import math
+import os
 import random
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -19,9 +22,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 import policy as policy_module
 import tiny_policy
 from policy import (
-    FULL_TEXT, REGION_TEXT, Action, BoxDraft, Grammar, Tree, WindowAttention, load_policy, next_digits, parse, to_original,
+    FULL_TEXT, REGION_TEXT, Action, Draft, Grammar, Tree, WindowAttention, adapter_base, load_policy, next_digits, parse,
+    to_original,
 )
-from tools.bench import pad
+from tools import merge
 
 SIZES = [(100, 60), (50, 200), (224, 224), (31, 30)]                            # (width, height) in original pixels
 QUESTIONS = ["Where does this beetle live?", "What?", "How tall is this tower, and who built it?", "a 12 b"]
@@ -39,10 +43,14 @@ def policy(folder):
     return load_policy(folder, system_prompt="Crop or not?")
 
 
+def noise(sizes):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+
+
 @pytest.fixture(scope="module")
 def images():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
+    return noise(SIZES)
 
 
 @pytest.fixture
@@ -50,8 +58,10 @@ def prompts(policy, images):
     return policy.prompts(images, QUESTIONS)
 
 
-def randomise_lora(policy, seed=0):
-    """B away from 0, so that the adapter does something."""
+def with_lora(policy, seed=0, **settings):
+    """LoRA whose B is away from 0, so that the adapter does something."""
+    if not policy.layers:
+        policy.add_lora(**settings)
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.lora_parameters():
         with torch.no_grad():
@@ -79,21 +89,21 @@ def plain_logits(model, prompt, ids):
     return out.logits[0, len(prompt.ids) - 1:].float()
 
 
-def plain_log_prob(logits, token, allowed, temperature=1.0):
-    """log pi(token) by the definition: a softmax over the allowed tokens alone."""
-    allowed = list(range(len(logits))) if allowed is None else list(allowed)
-    return (logits[allowed] / temperature).log_softmax(-1)[allowed.index(token)]
+@torch.no_grad()
+def all_logits(model, prompts):
+    return torch.cat([plain_logits(model, prompt, [70, 80, 90]).flatten() for prompt in prompts])
 
 
 def plain_score(policy, prompts, completions, temperature=1.0):
-    """The log-prob of every choice, in order, each completion alone: a list of scalars."""
+    """log pi of every choice by the definition, a softmax over what is allowed; each completion alone: [P]."""
     values = []
     for prompt, group in zip(prompts, completions):
         for one in group:
             logits = plain_logits(policy.model, prompt, one.ids)
-            values += [plain_log_prob(logits[t], one.ids[t], one.allowed[t], temperature)
-                       for t, free in enumerate(one.free) if free]
-    return values
+            for t in np.flatnonzero(one.free):
+                allowed = list(range(logits.shape[1]) if one.allowed[t] is None else one.allowed[t])
+                values.append((logits[t, allowed] / temperature).log_softmax(-1)[allowed.index(one.ids[t])])
+    return torch.stack(values)
 
 
 def allowed_numbers(size, numbers):
@@ -103,21 +113,29 @@ def allowed_numbers(size, numbers):
 
 
 def naive_grammar_rollout(policy, prompt, plan, seed, n):
-    """One rollout with a full forward for each token; what is allowed is found by listing all legal numbers."""
+    """One rollout with a full forward for each token; what is allowed is found by listing all legal numbers.
+    -> ids, free, allowed."""
     grammar, draws = policy.grammar, iter(np.random.default_rng([seed, n]).random(64))
-    ids = list(grammar.prefix)
+    ids, free, choices = list(grammar.prefix), [False] * len(grammar.prefix), [None] * len(grammar.prefix)
+
+    def write(tokens, options=None):
+        ids.extend(tokens)
+        free.extend([options is not None] * len(tokens))
+        choices.extend([options and set(options)] * len(tokens))
 
     def choose(options):
         options = sorted(options)
         p = plain_logits(policy.model, prompt, ids)[-1][options].double().softmax(-1).cumsum(-1)
         return options[int((p < next(draws)).sum())]
 
-    token = choose([grammar.full, grammar.region])
+    pair = [grammar.full, grammar.region]
+    token = choose(pair)
     token = {None: token, "FULL": grammar.full, "REGION": grammar.region}[plan]
-    ids.append(token)
+    write([token], pair)
     if token == grammar.full:
-        return ids + grammar.full_tail
-    ids += grammar.spans[0]
+        write(grammar.full_tail)
+        return ids, free, choices
+    write(grammar.spans[0])
     numbers = []
     for span in grammar.spans[1:]:
         typed, legal = "", allowed_numbers(prompt.resized_size, numbers)
@@ -125,29 +143,25 @@ def naive_grammar_rollout(policy, prompt, plan, seed, n):
             nexts = {s[len(typed):len(typed) + 1] for s in legal if s.startswith(typed)}          # "" = the end
             tokens = {span[0] if c == "" else grammar.digits[int(c)]: c for c in nexts}
             token = choose(tokens) if len(tokens) > 1 else next(iter(tokens))
-            ids.append(token)
+            write([token], tokens if len(tokens) > 1 else None)
             if tokens[token] == "":
                 break
             typed += tokens[token]
         numbers.append(int(typed))
-        ids += span[1:]
-    return ids
+        write(span[1:])
+    return ids, free, choices
 
 
 def complete(policy, prompt, box):
     """The Completion that writes `box` (resized pixels), or FULL for None: drives the grammar by hand."""
-    grammar = policy.grammar
-    draft = BoxDraft(prompt, None, grammar)
-    draft.add_template(grammar.prefix)
-    token = grammar.full if box is None else grammar.region
-    draft.add_decision(token, (grammar.full, grammar.region), 0.0, False)
-    draft.add_template(grammar.full_tail if box is None else grammar.spans[0])
-    target = [] if box is None else grammar.region_ids(box)
-    while box is not None and not draft.done:
-        assert target[len(draft.tokens)] in draft.choices()
+    grammar, draft = policy.grammar, Draft(0, prompt)
+    draft.begin(draft.by_grammar(grammar))
+    target = (grammar.prefix + [grammar.full] + grammar.full_tail) if box is None else grammar.region_ids(box)
+    while draft.allowed:
+        assert target[len(draft.tokens)] in draft.allowed
         draft.choose(target[len(draft.tokens)], 0.0)
-    done = draft.finish(draft.text(None))
-    assert box is None or done.ids == target
+    done = draft.finish()
+    assert done.ids == target
     return done
 
 
@@ -161,27 +175,11 @@ def logged(out, groups):
     return torch.tensor(rows)
 
 
-# ---- images of odd sizes ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size, resized", [
-    ((1, 1), (28, 28)), ((20, 20), (28, 28)), ((5, 28), None),          # a side below one token's 28 pixels is enlarged
-    ((10, 1900), None),                                                 # 190 : 1, still within what can be resized
-])
-def test_small_and_thin_images_are_enlarged_and_boxes_come_back_to_them(policy, size, resized):
-    prompt = policy.prompts([Image.new("RGB", size)], ["What?"])[0]
-    assert prompt.resized_size == (resized or prompt.resized_size) and min(prompt.resized_size) >= 28
-    tokens = prompt.resized_size[0] * prompt.resized_size[1] // 28**2
-    assert int(prompt.mm_token_type_ids.sum()) == tokens and len(prompt.pixel_values) == 4 * tokens
-    action = policy.rollout([prompt], [["REGION"]], seeds=[0])[0][0].action
-    x1, y1, x2, y2 = action.box
-    assert 0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]
-
-
-def test_an_image_too_thin_to_be_resized_is_named(policy):
-    images = [Image.new("RGB", (50, 50)), Image.new("RGB", (5, 1001))]              # 1001 / 5 > 200
-    with pytest.raises(ValueError, match=r"image 1 is \(5, 1001\) pixels.*drop the query"):
-        policy.prompts(images, ["What?", "What?"])
+def spied(monkeypatch, owner, name):
+    """A list that each call of owner.name leaves its first argument's length in."""
+    seen, whole = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda first, *rest, **more: (seen.append(len(first)), whole(first, *rest, **more))[1])
+    return seen
 
 
 # ---- answers and frames ----------------------------------------------------------------------------------------------
@@ -192,13 +190,15 @@ def call(arguments, name="image_zoom_in_tool"):
 
 
 # The model saw 112 x 56 pixels of a 224 x 56 image: x doubles, y stays.
-BOXES = [
+READ = [
     (REGION_TEXT % (10, 20, 30, 40), (20, 20, 60, 40)),
     (call('{"bbox_2d": [10, 20, 30, 40], "label": "the beetle"}'), (20, 20, 60, 40)),
     (call('{"label": "x", "bbox_2d": [10.5, 20.25, 30.0, 4e1]}'), (21, 20.25, 60, 40)),
     ('  {  "Decision" :\n"REGION" ,"Tool":<tool_call>\n{"name":"image_zoom_in_tool",'
      '"arguments":{"bbox_2d":[1,2,3,4]}}\n</tool_call>\n}\n', (2, 2, 6, 4)),
     (call('{"bbox_2d": [-5, -5, 500, 500]}'), (0, 0, 224, 56)),                 # clamped to the image
+    (FULL_TEXT, None), ('\n{"Decision":"FULL"} ', None), ('{"Decision": "FULL", "Tool": null}', None),
+    ('{"Decision": "FULL", "Tool": ""}', None),
 ]
 MALFORMED = [
     "", " ", "FULL", "{}", "null", '{"Decision": "MAYBE"}', '{"Decision": FULL}', '{"decision": "FULL"}',
@@ -209,10 +209,11 @@ MALFORMED = [
     call('{"bbox_2d": [1, 2, 3, 4], "label": 7}'), call('{"bbox_2d": "1, 2, 3, 4"}'), call('{"bbox_2d": null}'),
     call('{"bbox_2d": [1, 2, 3]}'), call('{"bbox_2d": [1, 2, 3, 4, 5]}'), call('{"bbox_2d": [[1, 2, 3, 4]]}'),
     call('{"bbox_2d": [1, 2, 3, "4"]}'), call('{"bbox_2d": [0, 0, true, true]}'), call('{"bbox_2d": {"0": 1}}'),
+    call('{"bbox_2d": [1, 2, 3, 4, "5"]}'), call('{"bbox_2d": {"1": 1, "2": 2, "3": 3, "4": 4}}'),
     call('{"bbox_2d": [NaN, 2, 3, 4]}'), call('{"bbox_2d": [1, 2, Infinity, 4]}'),
-    call('{"bbox_2d": [1, 2, 1e999, 4]}'),
-    call('{"bbox_2d": [-Infinity, 2, 3, 4]}'), call('{"bbox_2d": [1, 2, 3%s, 4]}' % ("0" * 400)),
-    call('{"bbox_2d": [1, 2, 3%s, 4]}' % ("0" * 5000)), call('{"bbox_2d": ' + "[" * 100000),
+    call('{"bbox_2d": [1, 2, 1e999, 4]}'), call('{"bbox_2d": [-Infinity, 2, 3, 4]}'),
+    call('{"bbox_2d": [1, 2, 3%s, 4]}' % ("0" * 400)), call('{"bbox_2d": [1, 2, 3%s, 4]}' % ("0" * 5000)),
+    call('{"bbox_2d": ' + "[" * 100000),
     call('{"bbox_2d": [30, 2, 10, 4]}'), call('{"bbox_2d": [10, 2, 10, 4]}'), call('{"bbox_2d": [1, 40, 3, 20]}'),
     call('{"bbox_2d": [1, 4, 3, 4]}'), call('{"bbox_2d": [112, 2, 130, 4]}'), call('{"bbox_2d": [-9, 2, 0, 4]}'),
     call('{"bbox_2d": [1, 2, 3, 4]}').replace("</tool_call>", ""), REGION_TEXT % (1, 2, 3, 4) + "}",
@@ -220,36 +221,16 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("text, box", BOXES)
-def test_parse_reads_boxes_in_original_pixels(text, box):
-    action = parse(text, (112, 56), (224, 56))
-    assert action == Action("REGION", action.box, None, text)
-    assert action.box == pytest.approx(box) and all(type(x) is float for x in action.box)
-
-
-@pytest.mark.parametrize("text", [FULL_TEXT, '\n{"Decision":"FULL"} ', '{"Decision": "FULL", "Tool": null}',
-                                  '{"Decision": "FULL", "Tool": ""}'])
-def test_parse_reads_full(text):
-    assert parse(text, (112, 56), (224, 56), 0.25) == Action("FULL", None, 0.25, text)
+@pytest.mark.parametrize("text, box", READ)
+def test_parse_reads_answers_in_original_pixels(text, box):
+    action = parse(text, (112, 56), (224, 56), 0.25)
+    assert action == Action("REGION" if box else "FULL", action.box, 0.25, text)
+    assert action.box == (box and pytest.approx(box)) and all(type(x) is float for x in action.box or ())
 
 
 @pytest.mark.parametrize("text", MALFORMED)
 def test_parse_malformed(text):
     assert parse(text, (112, 56), (224, 56)) == Action("MALFORMED", None, None, text)
-
-
-def test_parse_never_raises_and_never_invents_a_box():
-    rng, alphabet = random.Random(0), '{}[]<>"\\,:.-+ eE019NaInftrul\n\x00é'
-    for _ in range(3000):
-        text = list(REGION_TEXT % tuple(rng.randrange(200) for _ in range(4)))
-        for _ in range(rng.randrange(1, 5)):
-            text[rng.randrange(len(text))] = rng.choice(["", rng.choice(alphabet), "[[", "1e5"])
-        action = parse("".join(text), (112, 56), (224, 56))
-        if action.decision == "REGION":
-            x1, y1, x2, y2 = action.box
-            assert 0 <= x1 < x2 <= 224 and 0 <= y1 < y2 <= 56
-        else:
-            assert action.box is None
 
 
 @pytest.mark.parametrize("size", [(100, 60), (640, 480), (333, 1000), (29, 57), (4000, 3000)])
@@ -278,15 +259,14 @@ def test_frame_mapping_round_trip(policy, size):
 def test_next_digits_against_listing_all_numbers():
     for low, high in [(0, 0), (0, 9), (0, 10), (3, 3), (5, 28), (0, 223), (99, 101), (198, 1003), (1000, 1000)]:
         numbers = [str(n) for n in range(low, high + 1)]
-        prefixes = {""} | {n[:k] for n in numbers for k in range(1, 5)}
-        for typed in prefixes:
+        for typed in {""} | {n[:k] for n in numbers for k in range(1, 5)}:
             expected = sorted({int(n[len(typed)]) for n in numbers if n.startswith(typed) and len(n) > len(typed)})
-            assert list(next_digits(low, high, typed)) == expected, (low, high, typed)
+            assert next_digits(low, high, typed) == expected, (low, high, typed)
 
 
 def test_doctests():
-    assert doctest.testmod(policy_module).attempted > 0
-    assert doctest.testmod(policy_module).failed == 0
+    found = doctest.testmod(policy_module)
+    assert found.attempted == 2 and found.failed == 0
 
 
 def test_grammar_is_the_joint_tokenisation(policy):
@@ -300,23 +280,17 @@ def test_grammar_is_the_joint_tokenisation(policy):
         assert tokenizer.decode(grammar.region_ids(box)[:-1]) == REGION_TEXT % box
     # Pieces tokenised alone would be wrong here: the end of FULL is one token, not a quote and a brace.
     assert len(grammar.full_tail) == 2 and tokenizer.decode(grammar.full_tail[:1]) == '"}'
-
-
-def test_grammar_refuses_tokenizers_that_merge_digits():
     with pytest.raises(ValueError, match="digit by digit.*decode='free'"):
         Grammar(tiny_policy.build_tokenizer(single_digits=False))
 
 
-@pytest.mark.parametrize("size", [(3, 2), (12, 2)])
-def test_all_outputs_of_the_grammar_parse_and_their_probabilities_sum_to_one(policy, prompts, size):
+@pytest.mark.parametrize("size, boxes", [((3, 2), 6 * 3), ((12, 2), 78 * 3)])
+def test_all_outputs_of_the_grammar_parse_and_their_probabilities_sum_to_one(policy, prompts, size, boxes):
     prompt = prompts[0]
     prompt.resized_size = size                          # a canvas small enough to list everything that can be written
-    xs = [(a, b) for a in range(size[0]) for b in range(a + 1, size[0] + 1)]
-    ys = [(a, b) for a in range(size[1]) for b in range(a + 1, size[1] + 1)]
-    boxes = [(x1, y1, x2, y2) for x1, x2 in xs for y1, y2 in ys]
-    assert len(boxes) == {(3, 2): 6 * 3, (12, 2): 78 * 3}[size]
-    group = [complete(policy, prompt, box) for box in [None, *boxes]]
-    assert [c.action.decision for c in group] == ["FULL"] + ["REGION"] * len(boxes)
+    xs, ys = ([(a, b) for a in range(side) for b in range(a + 1, side + 1)] for side in size)
+    group = [complete(policy, prompt, box) for box in [None, *((x1, y1, x2, y2) for x1, x2 in xs for y1, y2 in ys)]]
+    assert [c.action.decision for c in group] == ["FULL"] + ["REGION"] * boxes
     with torch.no_grad():
         probabilities = policy.log_probs([prompt], [group])["logp"].double().sum(1).exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
@@ -338,42 +312,56 @@ def test_p_region_is_the_brute_force_softmax_whatever_is_forced(policy, prompts,
     assert 0.01 < expected < 0.99                       # a random model, but not a saturated one
 
 
+def test_p_region_tells_the_surest_queries_apart(policy, prompts, monkeypatch):
+    sure = torch.tensor([[-17.0, -4e-8], [-18.0, -1.5e-8], [-1.0, -.4587], [-4e-8, -17.0]])
+    monkeypatch.setattr(policy, "choice_log_probs", lambda *_: (sure, sorted((policy.grammar.full, policy.grammar.region))))
+    if policy.grammar.full > policy.grammar.region:
+        sure = sure.flip(1)
+    p = [c.action.p_region for c, in policy.rollout(prompts, [["FULL"]] * 4, sample=False)]
+    assert p == [-math.expm1(-17.0), -math.expm1(-18.0), -math.expm1(-1.0), math.exp(-17.0)] and p[0] < p[1] < 1
+
+
 # ---- rollouts --------------------------------------------------------------------------------------------------------
-
-
-def test_sampled_boxes_are_always_well_formed(policy, prompts):
-    for prompt, group in zip(prompts, policy.rollout(prompts, [["REGION"] * 20] * 4, seeds=[5, 6, 7, 8])):
-        assert len({c.action.text for c in group}) > 5
-        for c in group:
-            x1, y1, x2, y2 = c.action.box
-            assert c.action.decision == "REGION"
-            assert 0 <= x1 < x2 <= prompt.original_size[0] and 0 <= y1 < y2 <= prompt.original_size[1]
-            assert policy.processor.tokenizer.decode(c.ids[:-1]) == c.action.text
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_rollout_equals_the_naive_loop_without_cache(policy, prompts, lora):
     if lora:
-        policy.add_lora()
-        randomise_lora(policy)
+        with_lora(policy)
     groups = policy.rollout(prompts, [PLAN] * 4, seeds=[11, 12, 13, 14])
     with torch.no_grad():
         for b, group in enumerate(groups):
             for n, c in enumerate(group):
-                assert c.ids == naive_grammar_rollout(policy, prompts[b], PLAN[n], 11 + b, n)
+                ids, free, allowed = naive_grammar_rollout(policy, prompts[b], PLAN[n], 11 + b, n)
+                assert (c.ids, c.free, [some and set(some) for some in c.allowed]) == (ids, free, allowed)
+                assert policy.processor.tokenizer.decode(c.ids[:-1]) == c.action.text
+                assert c.action.decision == "FULL" or 0 <= c.action.box[0] < c.action.box[2] <= SIZES[b][0]
     assert {c.action.decision for group in groups for c in group} == {"FULL", "REGION"}
 
 
 def test_free_rollout_equals_the_naive_loop_without_cache(policy, prompts):
-    groups = policy.rollout(prompts[:2], [[None, None]] * 2, decode="free", seeds=[1, 2], max_new_tokens=12)
+    plan = [None, "REGION", None]
+    groups = policy.rollout(prompts[:2], [plan] * 2, decode="free", seeds=[1, 2], max_new_tokens=12)
     with torch.no_grad():
         for b, group in enumerate(groups):
             for n, c in enumerate(group):
-                ids, draws = [], iter(np.random.default_rng([b + 1, n]).random(64))
+                given = policy.grammar.prefix + [policy.grammar.region] if plan[n] else []
+                ids, draws = list(given), iter(np.random.default_rng([b + 1, n]).random(64))
                 while len(ids) < 12 and not (ids and ids[-1] in policy.end_tokens):
                     cdf = plain_logits(policy.model, prompts[b], ids)[-1].double().softmax(-1).cumsum(-1)
                     ids.append(int((cdf < next(draws)).sum()))
-                assert c.ids == ids and all(c.free) and set(c.allowed) == {None}
+                assert c.ids == ids and set(c.allowed) == {None}
+                assert c.free == [i >= len(given) - 1 for i in range(len(ids))]
+
+
+def test_greedy_free_decoding_equals_generate(policy, prompts):
+    found = policy.rollout(prompts, [[None]] * 4, "free", sample=False, max_new_tokens=12)
+    for prompt, (one,) in zip(prompts, found):
+        theirs = policy.model.generate(
+            input_ids=prompt.ids[None], mm_token_type_ids=prompt.mm_token_type_ids[None],
+            attention_mask=torch.ones_like(prompt.ids[None]), pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.grid_thw[None], do_sample=False, max_new_tokens=12, eos_token_id=list(policy.end_tokens))
+        assert theirs[0, len(prompt.ids):].tolist() == one.ids
 
 
 @pytest.mark.parametrize("decode", ["grammar", "free"])
@@ -382,24 +370,25 @@ def test_sampling_time_log_probs_equal_rescored_and_plain_ones(policy, prompts, 
     groups = policy.rollout(prompts, [PLAN] * 4, decode, temperature, seeds=[1, 2, 3, 4], max_new_tokens=20)
     with torch.no_grad():
         out = policy.log_probs(prompts, groups, temperature)
-        plain = torch.stack(plain_score(policy, prompts, groups, temperature))
+        plain = plain_score(policy, prompts, groups, temperature)
     torch.testing.assert_close(out["logp"], logged(out, groups), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
 
 
-def test_batch_composition_and_group_size_do_not_matter(policy, prompts, images):
-    for decode in ("grammar", "free"):
-        seeds = [3, 1, 4, 1]
-        together = policy.rollout(prompts, [PLAN] * 4, decode, seeds=seeds, max_new_tokens=10)
-        for i in range(4):
-            alone = policy.rollout([prompts[i]], [PLAN[:3]], decode, seeds=[seeds[i]], max_new_tokens=10)
-            assert lists(alone) == [lists(together)[i][:3]]
-        backwards = policy.rollout(prompts[::-1], [PLAN] * 4, decode, seeds=seeds[::-1], max_new_tokens=10)
-        assert lists(backwards)[::-1] == lists(together)
+@pytest.mark.parametrize("decode", ["grammar", "free"])
+def test_batch_composition_and_group_size_do_not_matter(policy, prompts, images, decode):
+    seeds = [3, 1, 4, 1]
+    together = policy.rollout(prompts, [PLAN] * 4, decode, seeds=seeds, max_new_tokens=10)
+    for i in range(4):
+        alone = policy.rollout([prompts[i]], [PLAN[:3]], decode, seeds=[seeds[i]], max_new_tokens=10)
+        assert lists(alone) == [lists(together)[i][:3]]
+    backwards = policy.rollout(prompts[::-1], [PLAN] * 4, decode, seeds=seeds[::-1], max_new_tokens=10)
+    assert lists(backwards)[::-1] == lists(together)
+    policy.max_new_tokens = 10
     for sample in (False, True):
-        by_size = [policy.act(images, QUESTIONS, sample=sample, force="REGION", batch_size=n) for n in (1, 3, 16)]
-        boxes = [[(action.decision, action.box) for action in actions] for actions in by_size]
-        assert boxes[0] == boxes[1] == boxes[2]
+        answers = [policy.act(images, QUESTIONS, decode, sample, batch_size=n, force="REGION") for n in (1, 3, 16)]
+        texts = [[action.text for action in actions] for actions in answers]
+        assert texts[0] == texts[1] == texts[2]
 
 
 def test_seeds_decide_everything(policy, prompts):
@@ -410,26 +399,26 @@ def test_seeds_decide_everything(policy, prompts):
     torch.manual_seed(99)                               # the global generator plays no part
     assert sample(7) == first != sample(8)
     assert sample((7, 3)) != first                      # (step, query) seeds
-    rollouts = [ids for ids, *_ in first[0]]
-    assert len(set(map(tuple, rollouts))) > 1           # the rollouts of one query differ
+    assert len({tuple(ids) for ids, *_ in first[0]}) > 1    # the rollouts of one query differ
 
 
-def test_forced_decisions_are_choices_with_their_log_probability(policy, prompts):
-    for decode in ("grammar", "free"):
-        groups = policy.rollout(prompts, [["FULL", "REGION", None]] * 4, decode, seeds=[0] * 4, max_new_tokens=9)
-        for full, region, own in groups:
-            at = len(policy.grammar.prefix)
-            assert full.ids[:at] == region.ids[:at] == policy.grammar.prefix
-            assert (full.ids[at], region.ids[at]) == (policy.grammar.full, policy.grammar.region)
-            assert full.decision_index == region.decision_index == at
-            assert (full.forced_decision, region.forced_decision, own.forced_decision) == (True, True, False)
-            assert full.free[:at + 1] == [False] * at + [True] and full.log_probs[at] < 0
-            if decode == "grammar":
-                assert math.exp(full.log_probs[at]) + math.exp(region.log_probs[at]) == pytest.approx(1)
-                assert full.free[at + 1:] == [False] * 2 and full.action.decision == "FULL"
-                # The box does not depend on how the decision came about: same stream, same draws.
-                again = policy.rollout(prompts, [[None]] * 4, seeds=[0] * 4)
-                assert own.ids in ([full.ids] + [c.ids for g in groups for c in g]) and len(again) == 4
+@pytest.mark.parametrize("decode", ["grammar", "free"])
+def test_forced_decisions_are_choices_with_their_log_probability(policy, prompts, decode):
+    grammar, at = policy.grammar, len(policy.grammar.prefix)
+    groups = policy.rollout(prompts, [["FULL", "REGION", None]] * 4, decode, seeds=[0] * 4, max_new_tokens=9)
+    natural = policy.rollout(prompts, [[None] * 3] * 4, decode, seeds=[0] * 4, max_new_tokens=9)
+    for b, (full, region, own) in enumerate(groups):
+        assert full.ids[:at] == region.ids[:at] == grammar.prefix
+        assert (full.ids[at], region.ids[at]) == (grammar.full, grammar.region)
+        assert full.decision_index == region.decision_index == at
+        assert (full.forced_decision, region.forced_decision, own.forced_decision) == (True, True, False)
+        assert full.free[:at + 1] == [False] * at + [True] and full.log_probs[at] < 0
+        assert lists([[own]]) == lists([natural[b][2:]])
+        if decode == "grammar":
+            assert math.exp(full.log_probs[at]) + math.exp(region.log_probs[at]) == pytest.approx(1)
+            assert full.free[at + 1:] == [False] * 2 and full.action.decision == "FULL"
+            # The box does not depend on how the decision came about: same stream, same draws.
+            assert natural[b][1].ids in (region.ids, full.ids)
 
 
 def test_masks_and_entropy(policy, prompts):
@@ -447,86 +436,64 @@ def test_masks_and_entropy(policy, prompts):
     assert not out["entropy"].requires_grad
 
 
-def script(policy, monkeypatch, text):
-    """Make free decoding write `text` and end-of-turn, whatever the model says."""
-    ids = policy.processor.tokenizer.encode(text) + [policy.processor.tokenizer.eos_token_id]
-    tokens = iter(ids)
-
-    def choose(hidden, allowed, temperature):
-        logits = torch.full((len(hidden), policy.model.lm_head.weight.shape[0]), -20.0)
-        logits[:, next(tokens)] = 0.0
-        return logits.log_softmax(-1), None
-    monkeypatch.setattr(policy, "choice_log_probs", choose)
-    return ids
-
-
 @pytest.mark.parametrize("text, decision", [
     (REGION_TEXT % (10, 20, 30, 40), "REGION"), (FULL_TEXT, "FULL"), ('\n {"Decision":"FULL"}', "FULL"),
-    (call('{"bbox_2d": [10, 20, 30, 40], "label": "é"}'), "REGION"), ("I would crop it.", "MALFORMED")])
+    (call('{"bbox_2d": [10, 20, 30, 40], "label": "é"}'), "REGION"), (call("{}"), "MALFORMED"),
+    ("I would crop it.", "MALFORMED")])
 def test_free_decoding_reads_what_was_written(policy, prompts, monkeypatch, text, decision):
-    ids = script(policy, monkeypatch, text)
+    tokenizer = policy.processor.tokenizer
+    ids = tokenizer.encode(text) + [tokenizer.eos_token_id]
+    tokens, V = iter(ids), len(policy.model.lm_head.weight)
+    monkeypatch.setattr(policy, "choice_log_probs", lambda hidden, *_: (  # whatever the model says
+        torch.nn.functional.one_hot(torch.tensor([next(tokens)]), V).mul(20.0).log_softmax(-1), range(V)))
     c = policy.rollout(prompts[:1], [[None]], decode="free", sample=False)[0][0]
     assert c.ids == ids and c.action == parse(text, prompts[0].resized_size, prompts[0].original_size)
     assert c.action.decision == decision
-    if decision == "MALFORMED":
+    if '"Decision"' not in text:
         assert c.decision_index is None
-    else:
-        decode = policy.processor.tokenizer.decode
-        assert decision.startswith(decode(ids[c.decision_index]).lstrip(' "')) or decision in decode(
-            ids[c.decision_index:c.decision_index + 3])
-        assert "FULL" not in decode(ids[:c.decision_index]) and "REGION" not in decode(ids[:c.decision_index])
+    else:                                               # the first token in which a letter of the decision stands
+        start = text.index("FULL" if decision == "FULL" else "REGION")
+        assert len(tokenizer.decode(ids[:c.decision_index])) <= start < len(tokenizer.decode(ids[:c.decision_index + 1]))
 
 
-def test_free_garbage_is_malformed(policy, images):
-    actions = policy.act(images, QUESTIONS, decode="free", sample=True)
-    assert [(a.decision, a.box, a.p_region) for a in actions] == [("MALFORMED", None, None)] * 4
-
-
-def test_free_answers_end_at_the_policys_limit(policy, images, prompts, monkeypatch):
+def test_free_answers_end_at_the_policys_limit_and_garbage_is_malformed(policy, images, prompts, monkeypatch):
     monkeypatch.setattr(policy, "end_tokens", set())
+    policy.max_new_tokens = 7
     for limit, more in ((7, {}), (3, {"max_new_tokens": 3})):
-        policy.max_new_tokens = 7
         groups = policy.rollout(prompts, [[None]] * 4, "free", sample=False, **more)
         assert {len(c.ids) for group in groups for c in group} == {limit}
-    decode = policy.processor.tokenizer.decode
-    texts = [decode(c.ids) for c, in policy.rollout(prompts, [[None]] * 4, "free", sample=False)]
-    assert [a.text for a in policy.act(images, QUESTIONS, decode="free")] == texts
+    actions = policy.act(images, QUESTIONS, decode="free")
+    assert [(a.decision, a.box, a.p_region) for a in actions] == [("MALFORMED", None, None)] * 4
+    texts = [policy.processor.tokenizer.decode(c.ids) for c, in policy.rollout(prompts, [[None]] * 4, "free", sample=False)]
+    assert [a.text for a in actions] == texts
 
 
-def test_bad_plans(policy, prompts):
-    for arguments, message in [
-        (dict(plans=[[None]] * 3, seeds=[1] * 4), "4 prompts need as many plans"),
-        (dict(plans=[[None], [], [None], [None]], seeds=[1] * 4), "none of them empty"),
-        (dict(plans=[["CROP"]] * 4, seeds=[1] * 4), "not .'CROP'."),
-        (dict(plans=[[None]] * 4), "one seed a query"),
-        (dict(plans=[[None]] * 4, seeds=[1] * 4, decode="beam"), "'grammar' or 'free'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
+def test_bad_plans_and_weights(policy, prompts):
+    for arguments in (dict(plans=[[None]] * 3, seeds=[1] * 4), dict(plans=[[None]] * 4, seeds=[1] * 3),
+                      dict(plans=[[None]] * 4), dict(plans=[["CROP"]] * 4, seeds=[1] * 4),
+                      dict(plans=[[None]] * 4, seeds=[1] * 4, decode="beam")):
+        with pytest.raises((ValueError, TypeError, KeyError)):
             policy.rollout(prompts, **arguments)
     with pytest.raises(ValueError, match="at least one completion"):
         policy.log_probs(prompts, [[], [], [], []])
+    with_lora(policy).lora_parameters()[1].data[0, 0] = math.nan
+    for sample in (False, True):
+        with pytest.raises(FloatingPointError, match="log-probabilities are NaN"):
+            policy.rollout(prompts, [[None]] * 4, sample=sample, seeds=[1] * 4)
 
 
 # ---- what all prompts begin with, kept ---------------------------------------------------------------------------------
 
 
-def answers(policy, prompts, decode):
+def answers(policy, prompts, decode="grammar"):
     groups = policy.rollout(prompts, [PLAN] * len(prompts), decode, sample=False, max_new_tokens=12)
-    return [(one.ids, one.action.p_region) for group in groups for one in group]
-
-
-def fed(policy, monkeypatch):
-    """A list to which each forward pass of the language model adds how many tokens a row it was fed."""
-    seen, whole = [], policy.language_model.forward
-    monkeypatch.setattr(policy.language_model, "forward", lambda *args, inputs_embeds, **more: (
-        seen.append(tuple(inputs_embeds.shape[:2])), whole(*args, inputs_embeds=inputs_embeds, **more))[1])
-    return seen
+    return [one.ids for group in groups for one in group], [one.action.p_region for group in groups for one in group]
 
 
 QUESTION_FIRST = (  # as mini/policy's template has it
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{{ m['content'][1]['text'] }}<|vision_start|><|image_pad|><|vision_end|>{% endif %}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -536,55 +503,55 @@ def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, atte
     policy = load_policy(folder, system_prompt="Crop or not?", attention=attention)
     if question_first:
         policy.processor.chat_template = QUESTION_FIRST
-    policy.add_lora()
-    prompts = randomise_lora(policy).prompts(images, QUESTIONS)
+    prompts = with_lora(policy).prompts(images, QUESTIONS)
     plain = answers(policy, prompts, decode)
-    policy.keep_prefix, seen = True, fed(policy, monkeypatch)
-    assert policy._prefix == (None, [])
-    first = answers(policy, prompts, decode)
-    # Before image and question stand the system prompt and <|im_start|>: read for one row, the rest for all.
-    before, start = len(policy.opening), policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    second = [i for i, token in enumerate(prompts[0].ids.tolist()) if token == start][1]
-    assert before == (second + 1 if question_first else prompts[0].mm_token_type_ids.tolist().index(1))
-    longest = max(len(prompt.ids) for prompt in prompts)
-    assert seen[0] == (1, before) and seen[1][1] < longest - before + 60 and before > 15
+    seen, whole = [], policy.language_model.forward
+    monkeypatch.setattr(policy.language_model, "forward", lambda *rest, **more: (
+        seen.append(more.get("input_ids", more.get("inputs_embeds")).shape[:2]), whole(*rest, **more))[1])
+    policy.keep_prefix = True
+    first, fed = answers(policy, prompts, decode), list(seen)
+    # The system's turn is read for one row, the rest for all.
+    before, starts = len(policy.opening), policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert before == np.flatnonzero(prompts[0].ids == starts)[1]
+    tail = len(policy.grammar.trunk) if decode == "grammar" else 0
+    assert fed[:2] == [(1, before), (4, max(len(prompt.ids) for prompt in prompts) - before + tail)]
     seen.clear()
-    again = [one for part in (prompts[:1], prompts[1:]) for one in answers(policy, part, decode)]
+    again = [answers(policy, part, decode) for part in (prompts[:1], prompts[1:])]
     assert (1, before) not in seen  # not read again
-    for found in (first, again):
-        assert [ids for ids, _ in found] == [ids for ids, _ in plain]
-        assert [p for _, p in found] == [p and pytest.approx(p, abs=1e-6) for _, p in plain]
+    assert first[0] == plain[0] == again[0][0] + again[1][0]
+    if decode == "grammar":
+        assert first[1] == pytest.approx(plain[1], abs=1e-6) and again[0][1] + again[1][1] == pytest.approx(plain[1], abs=1e-6)
+    # Prompts of another system prompt are no rows of this prefix.
+    other = load_policy(folder, system_prompt="Something else entirely, and longer?")
+    mixed = [*other.prompts(images[:1], QUESTIONS[:1]), *prompts[:1]]
+    wanted, other.keep_prefix = answers(other, mixed), True
+    assert answers(other, mixed) == wanted
 
 
 def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
     """Each of these changes what the prefix looks like inside: afterwards the answers are those of a new policy."""
-    policy = load_policy(folder, system_prompt="Crop or not?")
-    policy.add_lora()
-    prompts = randomise_lora(policy, 1).prompts(images, QUESTIONS)
+    policy = with_lora(load_policy(folder, system_prompt="Crop or not?"), 1)
+    prompts = policy.prompts(images, QUESTIONS)
     policy.save_adapter(tmp_path)
-    randomise_lora(policy, 2)
+    with_lora(policy, 2)
 
     def right():
-        found, policy.keep_prefix = [], True
-        for _ in range(2):
-            found.append([p for _, p in answers(policy, prompts, "grammar")])
-            policy.keep_prefix = False
+        found = []
+        for policy.keep_prefix in (False, True):
+            found.append(answers(policy, prompts)[1])
         assert found[0] == pytest.approx(found[1], abs=1e-6)
-        policy.keep_prefix = True
-        return found[0]
+        return found[1]
 
     seen = [right()]
     with policy.adapter(False):
         seen.append(right())
-    assert right() == seen[0] != seen[1]
+    assert right() == seen[0]
     policy.load_adapter(tmp_path)
     seen.append(right())
-    policy.merge()
-    merged = right()
-    policy.unmerge()
-    assert right() == seen[2] == pytest.approx(merged, abs=1e-4) and seen[2] != seen[0]
+    layer = next(iter(policy.layers.values()))
+    layer.lora_A = torch.nn.Parameter(layer.lora_A.detach() + 0.1)
+    seen.append(right())
     for i, step in enumerate((torch.optim.SGD, functools.partial(torch.optim.AdamW, fused=True))):
-        randomise_lora(policy, 3 + i)
         seen.append(right())
         policy.train()
         groups = policy.rollout(prompts, [["REGION"]] * len(prompts), sample=False)
@@ -592,36 +559,9 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
         step(policy.lora_parameters(), lr=0.1).step()
         policy.eval()
         seen.append(right())
+    assert seen[3] == seen.pop(4) and seen[4] == seen.pop(5)    # nothing happened between these
     assert all(a != b for a, b in itertools.combinations(seen, 2))
-    # Prompts of another system prompt are no rows of this prefix.
-    other = load_policy(folder, system_prompt="Something else entirely, and longer?")
-    other.keep_prefix = True
-    mixed = [*other.prompts(images[:1], QUESTIONS[:1]), *prompts[:1]]
-    together = [p for _, p in answers(other, mixed, "grammar")]
-    other.keep_prefix = False
-    assert together == pytest.approx([p for _, p in answers(other, mixed, "grammar")], abs=1e-6)
-
-
-def test_state_changes_with_all_that_a_kept_prefix_depends_on(folder, tmp_path):
-    """Also where answers hardly change: merging rounds."""
-    policy = load_policy(folder)
-    policy.add_lora(4, 8)
-    randomise_lora(policy).save_adapter(tmp_path)
-    layer, states = next(iter(policy.layers.values())), [policy._state()]
-    assert policy._state() == states[0]
-    with policy.adapter(False):
-        states.append(policy._state())
-    assert policy._state() == states[0]
-    old = layer.lora_A
-    for change in (policy.merge, policy.unmerge, lambda: policy.load_adapter(tmp_path),
-                   lambda: setattr(layer, "lora_A", torch.nn.Parameter(old.detach().clone()))):
-        change()
-        states.append(policy._state())
-    assert all(a != b for a, b in itertools.combinations(states, 2))
-
-
-def test_a_policy_that_inference_mode_made_answers(folder, images):
-    with torch.inference_mode():
+    with torch.inference_mode():  # tensors made here count no changes
         policy = load_policy(folder)
         policy.add_lora(4, 8)
         policy.keep_prefix = True
@@ -637,69 +577,47 @@ def gradients(policy, loss):
     return [parameter.grad.clone() for parameter in policy.lora_parameters()]
 
 
-@pytest.mark.parametrize("decode", ["grammar", "free"])
-@pytest.mark.parametrize("targets", ["all", "language"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_equals_repeated_with_gradients(folder, images, decode, targets, attention):
-    policy = load_policy(folder, system_prompt="Crop or not?", attention=attention)
-    policy.add_lora(targets=targets)
-    randomise_lora(policy)
+@pytest.mark.parametrize("decode, limit", [("grammar", 9), ("free", 9), ("free", 1)])
+@pytest.mark.parametrize("targets, attention", [("all", "sdpa"), ("language", "eager")])
+def test_packed_equals_repeated_with_gradients(folder, images, decode, limit, targets, attention):
+    policy = with_lora(load_policy(folder, system_prompt="Crop or not?", attention=attention), targets=targets)
     prompts = policy.prompts(images, QUESTIONS)
     plans = [PLAN, PLAN[:2], PLAN[2:], ["REGION"]]                              # groups of different size
-    groups = policy.rollout(prompts, plans, decode, seeds=[1, 2, 3, 4], max_new_tokens=9)
-    out = policy.log_probs(prompts, groups)
-    plain = torch.stack(plain_score(policy, prompts, groups))
-    torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
-    weights = torch.randn(len(plain), generator=torch.Generator().manual_seed(0))
-    packed = gradients(policy, (out["logp"][out["mask"]] * weights).sum())
-    repeated = gradients(policy, (plain * weights).sum())
-    for a, b in zip(packed, repeated):
-        assert b.abs().max() > 0
-        assert (a - b).abs().max() / b.abs().max() < 1e-4
-    assert all(p.grad is None for name, p in policy.model.named_parameters() if "lora_" not in name)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("decode, limit", [("grammar", 9), ("free", 1)])
-def test_packed_equals_rows_padded_on_either_side(folder, images, side, decode, limit):
-    """Against transformers' own forward of all completions at once; free decoding writes one token each."""
-    policy = load_policy(folder, system_prompt="Crop or not?")
-    policy.add_lora()
-    randomise_lora(policy)
-    prompts = policy.prompts(images, QUESTIONS)
-    groups = policy.rollout(prompts, [[None] * 3] * 4, decode, seeds=[1, 2, 3, 4], max_new_tokens=limit)
-    flat = [(prompt, one) for prompt, group in zip(prompts, groups) for one in group]
-    assert decode == "grammar" or all(len(one.ids) == 1 for _, one in flat)
-    inputs = pad([prompt for prompt, _ in flat], [one.ids for _, one in flat], side, "cpu")
-    plain = []
-    for row, (prompt, one) in zip(policy.model(**inputs, use_cache=False).logits, flat):
-        start = len(prompt.ids) + (len(row) - len(prompt.ids) - len(one.ids)) * (side == "left")
-        plain += [plain_log_prob(row[start - 1 + t], one.ids[t], one.allowed[t])
-                  for t, free in enumerate(one.free) if free]
-    plain, out = torch.stack(plain), policy.log_probs(prompts, groups)
+    groups = policy.rollout(prompts, plans, decode, seeds=[1, 2, 3, 4], max_new_tokens=limit)
+    out, plain = policy.log_probs(prompts, groups), plain_score(policy, prompts, groups)
     torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
     weights = torch.randn(len(plain), generator=torch.Generator().manual_seed(0))
     packed = gradients(policy, (out["logp"][out["mask"]] * weights).sum())
     for a, b in zip(packed, gradients(policy, (plain * weights).sum())):
-        assert (a - b).abs().max() / b.abs().max() < 1e-4
+        assert b.abs().max() > 0 and (a - b).abs().max() / b.abs().max() < 1e-4
+    assert all(p.grad is None for name, p in policy.model.named_parameters() if "lora_" not in name)
 
 
 def test_tree_shares_what_is_common_and_nothing_else(policy, prompts):
     group = policy.rollout(prompts[:1], [["FULL", "REGION", "REGION"]], seeds=[0])[0]
     tree = Tree([c.ids for c in group], [len(c.ids) for c in group])
+    sees = tree.ancestors()
     for c, path in zip(group, tree.paths):
         assert [tree.tokens[node] for node in path[1:]] == c.ids
         assert [tree.depths[node] for node in path[1:]] == list(range(len(c.ids)))
-        sees = tree.ancestors()
         for node in path[1:]:                                       # sees its own past and nobody else's
-            assert sees[node].nonzero()[0].tolist() == path[1:path.index(node) + 1]
-    template = len(policy.grammar.trunk)
-    assert len(tree.tokens) <= sum(len(c.ids) for c in group) - template - len(policy.grammar.prefix)
+            assert sees[node].nonzero().flatten().tolist() == path[1:path.index(node) + 1]
+    assert len(tree.tokens) <= sum(len(c.ids) for c in group) - len(policy.grammar.trunk) - len(policy.grammar.prefix)
+
+
+def test_log_probs_feeds_no_more_than_the_tree(policy, prompts, monkeypatch):
+    """What all completions have in common is fed once, and what follows the last choice never."""
+    groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
+    widths, whole = [], policy.language_model.forward
+    monkeypatch.setattr(policy.language_model, "forward", lambda *rest, **more: (
+        widths.append(more["inputs_embeds"].shape[1]), whole(*rest, **more))[1])
+    policy.log_probs(prompts, groups)
+    begun = [{tuple(c.ids[:t]) for c in group for t in range(1, np.flatnonzero(c.free)[-1] + 1)} for group in groups]
+    assert widths == [max(len(prompt.ids) + len(some) for prompt, some in zip(prompts, begun))]
 
 
 def test_gradient_checkpointing_and_dropout_only_in_training(policy, prompts):
-    policy.add_lora(dropout=0.3)
-    randomise_lora(policy)
+    with_lora(policy, dropout=0.3)
     groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
     plain = policy.log_probs(prompts, groups)["logp"]
     assert torch.equal(plain, policy.log_probs(prompts, groups)["logp"])
@@ -724,54 +642,49 @@ def test_gradient_checkpointing_and_dropout_only_in_training(policy, prompts):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_windows_together_are_windows_one_by_one(folder, monkeypatch, attention):
     """WindowAttention against transformers': features and LoRA's gradients; and how few calls it makes."""
-    rng, calls = np.random.default_rng(0), []
-    shapes = [(112, 112), (168, 84), (56, 224), (140, 196)]  # windows are of 4 x 4 patches: 56 pixels
-    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in shapes]
+    shapes, calls = [(112, 112), (168, 84), (56, 224), (140, 196)], []  # windows are of 4 x 4 patches: 56 pixels
 
     def look(kind):
-        policy = load_policy(folder, attention=attention)
-        policy.add_lora(4, 8, dropout=0.0)
-        for block in randomise_lora(policy).model.model.visual.blocks:
+        policy = with_lora(load_policy(folder, attention=attention), r=4, alpha=8, dropout=0.0)
+        for block in policy.model.model.visual.blocks:
             block.attn.__class__ = kind
-            assert block.attn.config._attn_implementation == attention
-        features = torch.cat(policy._see(policy.prompts(images, QUESTIONS)))
+        features = policy._features(policy.prompts(noise(shapes), QUESTIONS))
         features.square().sum().backward()
-        return features.detach(), [p.grad for p in policy.lora_parameters() if p.grad is not None]
+        return [features.detach()] + [p.grad for p in policy.lora_parameters() if p.grad is not None]
 
     theirs = look(Qwen2_5_VLVisionAttention)
     whole = ALL_ATTENTION_FUNCTIONS.get_interface
     monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *names: lambda *inputs, **more: (
         calls.append(tuple(inputs[1].shape[::2])), whole(*names)(*inputs, **more))[1])
     ours = look(WindowAttention)
-    assert torch.allclose(ours[0], theirs[0], atol=1e-5) and len(ours[1]) == len(theirs[1]) > 8
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours[1], theirs[1]))
+    assert len(ours) == len(theirs) > 9
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, theirs))
     # (windows, patches in each) of the block with windows: 4 whole ones, then 3 + 3 cut at the bottom, and so on.
     assert sum(count * size for count, size in calls) == 2 * sum(w * h // 14**2 for w, h in shapes)
     assert calls[0] == (7, 16) and len(calls) < 20
 
 
-def test_image_features_are_kept_only_while_the_tower_is_frozen(policy, prompts, monkeypatch):
-    calls = []
-    see = policy._see
-    monkeypatch.setattr(policy, "_see", lambda prompts: calls.append(len(prompts)) or see(prompts))
+def test_an_image_goes_through_the_tower_once_while_it_is_frozen(policy, prompts, monkeypatch):
+    tower = spied(monkeypatch, policy.model.model, "get_image_features")
+    patches = sum(len(prompt.pixel_values) for prompt in prompts)
+    with_lora(policy, targets="language")
     groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
+    policy.rollout(prompts, [PLAN] * 4, "free", seeds=[1, 2, 3, 4], max_new_tokens=3)
     policy.log_probs(prompts, groups)
-    assert calls == [4]
-    before = policy.log_probs(prompts, groups)["logp"]
-    policy.add_lora(targets="all")
-    randomise_lora(policy)
-    for name, layer in policy.layers.items():
+    assert tower == [patches]
+    # With LoRA in the tower once a pass: what it saw before is not what it sees now.
+    fresh = load_policy(policy.name, system_prompt="Crop or not?")
+    tower, prompts = spied(monkeypatch, fresh.model.model, "get_image_features"), fresh.prompts(noise(SIZES), QUESTIONS)
+    before = fresh.log_probs(prompts, groups)["logp"]
+    with_lora(fresh, targets="all")
+    for name, layer in fresh.layers.items():
         layer.enabled = name.startswith("model.visual.")            # only the tower's adapter counts
-    assert not torch.allclose(policy.log_probs(prompts, groups)["logp"], before, atol=1e-3)
-    assert calls == [4, 4]
+    assert not torch.allclose(fresh.log_probs(prompts, groups)["logp"], before, atol=1e-3)
+    fresh.rollout(prompts, [PLAN] * 4, "free", seeds=[1, 2, 3, 4], max_new_tokens=3)
+    assert tower == [patches] * 3
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def all_logits(model, prompts):
-    return torch.cat([plain_logits(model, prompt, [70, 80, 90]).flatten() for prompt in prompts])
 
 
 def test_lora_starts_as_the_identity_and_leaves_the_base_alone(policy, prompts):
@@ -801,33 +714,16 @@ def test_lora_starts_as_the_identity_and_leaves_the_base_alone(policy, prompts):
 
 
 def test_lora_is_the_formula(policy):
-    policy.add_lora(r=2, alpha=6, dropout=0.5)
-    randomise_lora(policy)
-    layer = policy.layers["model.language_model.layers.0.self_attn.q_proj"]
+    layer = with_lora(policy, r=2, alpha=6, dropout=0.5).layers["model.language_model.layers.0.self_attn.q_proj"]
     x = torch.randn(5, 48)
     expected = x @ layer.base.weight.T + layer.base.bias + 3 * x @ layer.lora_A.T @ layer.lora_B.T      # 6 / 2 = 3
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    layer.train()
+    kept = torch.cat([layer(torch.eye(48)) - layer.base(torch.eye(48)) for _ in range(20)]).abs().sum(1) > 0
+    assert 0.4 < kept.float().mean() < 0.6              # dropout takes half of the inputs
 
 
-def test_merge_and_unmerge(policy, prompts):
-    policy.add_lora()
-    randomise_lora(policy)
-    base, adapted = [], all_logits(policy.model, prompts)
-    for layer in policy.layers.values():
-        base.append(layer.base.weight.clone())
-    policy.merge()
-    merged = all_logits(policy.model, prompts)
-    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
-    policy.merge()                                                              # merging twice is merging once
-    assert torch.equal(all_logits(policy.model, prompts), merged)
-    with pytest.raises(ValueError, match="unmerge"), policy.adapter(False):
-        pass
-    policy.unmerge()
-    assert all(torch.equal(layer.base.weight, w) for layer, w in zip(policy.layers.values(), base))
-    assert torch.equal(all_logits(policy.model, prompts), adapted)
-
-
-def test_lora_targets_and_seed(folder):
+def test_lora_targets_start_and_seed(folder):
     def layers(targets, seed=0):
         policy = load_policy(folder)
         policy.add_lora(targets=targets, seed=seed)
@@ -837,11 +733,14 @@ def test_lora_targets_and_seed(folder):
     assert set(everything.layers) == linear - {"lm_head"} and everything.tower_adapted
     assert set(language.layers) == {n for n in linear if n.startswith("model.language_model.")}
     assert len(language.layers) == 2 * 7 and not language.tower_adapted                     # 2 layers: q k v o, 3 MLP
+    assert everything.lora == {"r": 8, "alpha": 32, "dropout": 0.1}                         # App. B
     same, other = layers("all"), layers("all", seed=1)
     pairs = list(zip(everything.lora_parameters(), same.lora_parameters(), other.lora_parameters()))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert all(not torch.equal(a, c) for a, _, c in pairs[::2]) and all((b == 0).all() for b, _, _ in pairs[1::2])
-    with pytest.raises(ValueError, match="'all' or 'language'"):
+    for a, _, _ in pairs[::2]:                          # uniform in +-1 / sqrt(in), as peft begins
+        assert 0.8 / math.sqrt(a.shape[1]) < a.abs().max() <= 1 / math.sqrt(a.shape[1])
+    with pytest.raises(KeyError, match="vision"):
         layers("vision")
     with pytest.raises(ValueError, match="has LoRA already"):
         same.add_lora()
@@ -850,11 +749,12 @@ def test_lora_targets_and_seed(folder):
 @pytest.mark.parametrize("targets", ["all", "language"])
 def test_peft_reads_our_adapter(folder, policy, prompts, tmp_path, targets):
     from peft import PeftModel
-    policy.add_lora(r=4, alpha=12, targets=targets)
-    randomise_lora(policy)
-    policy.save_adapter(tmp_path / "adapter")
-    files = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    with_lora(policy, r=4, alpha=12, targets=targets).save_adapter(tmp_path / "adapter")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "plain").write_text("")
+    plain = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert modes == {"adapter_config.json": plain, "adapter_model.safetensors": plain}
+    assert adapter_base(tmp_path / "adapter") == folder
     theirs = PeftModel.from_pretrained(load_policy(folder).model, tmp_path / "adapter").eval()
     adapted = all_logits(policy.model, prompts)
     torch.testing.assert_close(all_logits(theirs, prompts), adapted, atol=1e-4, rtol=1e-4)
@@ -876,43 +776,58 @@ def test_we_read_the_adapter_of_peft(folder, policy, prompts, tmp_path, targets)
     assert not torch.allclose(all_logits(policy.model, prompts), all_logits(theirs, prompts), atol=1e-2)
 
 
-def test_adapter_round_trip_and_what_does_not_fit(folder, policy, tmp_path):
-    policy.add_lora(r=4)
-    randomise_lora(policy)
-    policy.save_adapter(tmp_path / "a")
+def test_adapters_that_do_not_fit(folder, policy, tmp_path):
+    with_lora(policy, r=4).save_adapter(tmp_path / "a")
     other = load_policy(folder)
     other.add_lora(r=4, seed=5)
     other.load_adapter(tmp_path / "a")
     assert all(torch.equal(a, b) for a, b in zip(policy.lora_parameters(), other.lora_parameters()))
-    bigger = load_policy(folder)
-    bigger.add_lora(r=5)
-    with pytest.raises(ValueError, match="do not fit the LoRA in place"):
-        bigger.load_adapter(tmp_path / "a")
+    for settings in ({"r": 5}, {"r": 4, "alpha": 8}, {"r": 4, "targets": "language"}):
+        other = load_policy(folder)
+        other.add_lora(**settings)
+        with pytest.raises(ValueError, match="does not fit the LoRA in place"):
+            other.load_adapter(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         load_policy(folder, adapter=str(tmp_path / "nowhere"))
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config, path = tmp_path / "a/adapter_config.json", str(tmp_path / "a/adapter_model.safetensors")
+    written, weights = json.loads(config.read_text()), load_file(path)
     for change in ({"use_dora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"rank_pattern": {"q_proj": 2}},
-                   {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
-        broken = shutil.copytree(tmp_path / "a", tmp_path / "b", dirs_exist_ok=True)
-        (broken / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match="only plain LoRA"):
-            load_policy(folder, adapter=str(broken))
+                   {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_what_comes_next": True}):
+        config.write_text(json.dumps(written | change))
+        with pytest.raises(ValueError, match="only plain LoRA.*" + next(iter(change))):
+            load_policy(folder, adapter=str(tmp_path / "a"))
+    config.write_text(json.dumps(written))
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    extra = name.replace("layers.0", "layers.9")
+    head = "base_model.model.lm_head.lora_A.weight"  # `choice_log_probs` reads its rows as they are
+    for change, message in [
+        ({name: torch.zeros(4, 47)}, "q_proj.lora_A is .4, 47., not .4, 48."),
+        ({name: torch.zeros(3, 48)}, "lora_A is .3, 48., but r is 4"),
+        ({name.replace("_A", "_B"): torch.zeros(48, 3)}, "lora_B is .48, 3., but r is 4"),
+        ({name.replace("lora_A", "lora_magnitude"): torch.zeros(4)}, "lora_magnitude is .4,., not None"),
+        ({extra: torch.zeros(4, 48), extra.replace("_A", "_B"): torch.zeros(48, 4)}, "no linear layer .*layers.9.*base"),
+        ({head: torch.zeros(4, 48), head.replace("_A", "_B"): torch.zeros(431, 4)}, "no linear layer 'lm_head'"),
+        ({name: None}, "q_proj.lora_A is None, not .4, 48."),
+    ]:
+        save_file({key: value for key, value in (weights | change).items() if value is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            load_policy(folder, adapter=str(tmp_path / "a"))
 
 
 def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path, capsys):
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    policy.add_lora(r=4, alpha=12)
-    randomise_lora(policy)
-    policy.save_adapter(tmp_path / "adapter")
-    adapted, weights = all_logits(policy.model, prompts), policy.model.state_dict()
-    before = {name: value.clone() for name, value in weights.items()}
-    out = str(tmp_path / "whole")
-    policy_module.main(["--adapter", str(tmp_path / "adapter"), "--merge", out, "--dtype", "float32"])
+    adapter, out = str(tmp_path / "adapter"), str(tmp_path / "whole")
+    with_lora(policy, r=4, alpha=12).save_adapter(adapter)
+    adapted = all_logits(policy.model, prompts)
+    merge.main(["--adapter", adapter, "--out", out, "--dtype", "float32"])
     assert "folded in, float32" in capsys.readouterr().out
     plain, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(all_logits(plain.eval(), prompts), adapted, atol=1e-4, rtol=1e-4)
     assert AutoProcessor.from_pretrained(out).tokenizer.get_vocab() == policy.processor.tokenizer.get_vocab()
+    # Its files can be read by whom the umask lets read.
+    modes = {stat.S_IMODE(os.stat(os.path.join(out, name)).st_mode) for name in ("model.safetensors", "system_prompt.txt")}
+    assert len(modes) == 1 and modes == {stat.S_IMODE((tmp_path / "adapter/adapter_config.json").stat().st_mode)}
     # With the prompt that it was trained under, and no need to name it.
     again = load_policy(out)
     assert not again.layers and again.system_prompt == load_policy(policy.name).system_prompt
@@ -920,84 +835,44 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
     (tmp_path / "own.txt").write_text("Say FULL or REGION.")
     (tmp_path / "config.json").write_text(json.dumps(
         {"args": {"system_prompt": str(tmp_path / "own.txt"), "max_pixels": 28 * 28 * 9}}))
-    policy_module.main(["--adapter", str(tmp_path / "adapter"), "--merge", str(tmp_path / "own")])
+    merge.main(["--adapter", adapter, "--out", str(tmp_path / "own")])
     again = load_policy(str(tmp_path / "own"))
-    assert again.system_prompt == "Say FULL or REGION."
+    assert again.system_prompt == "Say FULL or REGION." and again.model.dtype == torch.float32  # as loaded, on a CPU
+    assert load_file(tmp_path / "own/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     assert again.processor.image_processor.size["longest_edge"] == 28 * 28 * 9
     # The run's own copy of the text counts, not what its file says by now; the flag wins over both.
     (tmp_path / "own.txt").write_text("Say something else.")
     (tmp_path / "config.json").write_text(json.dumps(
         {"args": {"system_prompt": str(tmp_path / "own.txt")}, "system_prompt": "Say FULL or REGION."}))
-    asked = policy_module.parse_args(["--adapter", str(tmp_path / "adapter"), "--merge", "unused"])
-    assert policy_module.trained_under(asked) == ("Say FULL or REGION.", None)
+    asked = merge.parse_args(["--adapter", adapter, "--out", "unused"])
+    assert merge.trained_under(asked) == ("Say FULL or REGION.", None)
     asked.system_prompt = str(tmp_path / "own.txt")
-    assert policy_module.trained_under(asked) == ("Say something else.", None)
-    (tmp_path / "config.json").unlink()
-    # A model that writes itself in the middle of training goes on as if nothing had happened.
-    policy.save_merged(str(tmp_path / "second"))
-    assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
-    for adapter, target, complaint in [(tmp_path / "adapter", out, "holds a model already"),
-                                       (tmp_path, out + "2", "adapter_config.json is missing")]:
+    assert merge.trained_under(asked) == ("Say something else.", None)
+    for folder, target, complaint in [(adapter, out, "holds a model already"),
+                                      (str(tmp_path), out + "2", "adapter_config.json is missing")]:
         with pytest.raises(SystemExit, match=complaint):
-            policy_module.main(["--adapter", str(adapter), "--merge", target])
+            merge.main(["--adapter", folder, "--out", target])
     with pytest.raises(ValueError, match="no adapter to merge"):
-        again.save_merged(str(tmp_path / "third"))
-
-
-def test_adapter_of_the_output_layer_is_refused(folder, policy, tmp_path):
-    policy.add_lora(r=4, targets="language")
-    layer = next(iter(policy.layers.values()))
-    width, vocabulary = policy.model.lm_head.in_features, policy.model.lm_head.out_features
-    layer.lora_A.data, layer.lora_B.data = torch.zeros(4, width), torch.zeros(vocabulary, 4)
-    policy_module.write_adapter(tmp_path, folder, policy.lora, {"lm_head": layer})
-    with pytest.raises(ValueError, match="no linear layer 'lm_head'"):
-        load_policy(folder, adapter=str(tmp_path))
-
-
-def test_adapter_of_another_base(folder, policy, tmp_path):
-    policy.add_lora(r=4)
-    policy.save_adapter(tmp_path)
-    path = str(tmp_path / "adapter_model.safetensors")
-    weights = load_file(path)
-    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
-    for change, message in [
-        ({name: torch.zeros(4, 47)}, "q_proj has A .4, 47."),
-        ({name.replace("layers.0", "layers.9"): torch.zeros(4, 48)}, "is missing for"),
-        ({name.replace("lora_A", "lora_magnitude"): torch.zeros(4)}, "is no LoRA weight"),
-    ]:
-        save_file(weights | change, path)
-        with pytest.raises(ValueError, match=message):
-            load_policy(folder, adapter=str(tmp_path))
-    extra = name.replace("layers.0", "layers.9")
-    save_file(weights | {extra: torch.zeros(4, 48), extra.replace("_A", "_B"): torch.zeros(48, 4)}, path)
-    with pytest.raises(ValueError, match="no linear layer .*layers.9.*wrong base"):
-        load_policy(folder, adapter=str(tmp_path))
+        merge.save_merged(again, str(tmp_path / "third"))
 
 
 # ---- loading and prompts ---------------------------------------------------------------------------------------------
 
 
-def test_names_that_are_no_policy(folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no policy './missing/folder'.*mini/policy"):
-        load_policy("./missing/folder")
+def test_what_is_no_policy(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no policy .*empty"):
-        load_policy(str(tmp_path / "empty"))
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is a llama model"):
-        load_policy(str(tmp_path / "llama"))
-    with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
-        load_policy(folder, attention="flash_attention_2")
-
-
-def test_a_checkpoint_with_a_weight_missing_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     weights = load_file(copy / "model.safetensors")
     del weights[next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="the checkpoint lacks .*up_proj"):
-        load_policy(str(copy))
+    for name, message in [("./missing/folder", "no policy './missing/folder'.*mini/policy"), ("empty", "empty"),
+                          ("llama", "is a llama model"), ("copy", "the checkpoint lacks .*up_proj")]:
+        with pytest.raises(ValueError, match=message):
+            load_policy(name if "/" in name else str(tmp_path / name))
+    with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
+        load_policy(folder, attention="flash_attention_2")
 
 
 def test_system_prompt_comes_from_argument_folder_or_table_10(folder, tmp_path):
@@ -1009,21 +884,35 @@ def test_system_prompt_comes_from_argument_folder_or_table_10(folder, tmp_path):
     for words in ("image_zoom_in_tool", "bbox_2d", '"label"', "[x1, y1, x2, y2]", '"FULL"', '"REGION"', "<tool_call>",
                   '{"Decision": "FULL" or "REGION", "Tool": <'):
         assert words in table_10
+    tool = json.loads(table_10.split("<tools>")[1].split("</tools>")[0])["function"]
+    assert tool["name"] == "image_zoom_in_tool" and tool["parameters"]["required"] == ["bbox_2d"]
 
 
 def test_prompt_is_the_chat_template_with_the_image_in_it(policy, prompts, images):
     decode = policy.processor.tokenizer.decode
     for prompt, question, image in zip(prompts, QUESTIONS, images):
         tokens = int(prompt.grid_thw.prod()) // 4                               # 2 x 2 patches are merged into a token
-        pads = "<|image_pad|>" * tokens
         assert decode(prompt.ids) == (
-            "<|im_start|>system\nCrop or not?<|im_end|>\n<|im_start|>user\n<|vision_start|>" + pads + "<|vision_end|>"
-            + question + "<|im_end|>\n<|im_start|>assistant\n")
+            "<|im_start|>system\nCrop or not?<|im_end|>\n<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * tokens
+            + "<|vision_end|>" + question + "<|im_end|>\n<|im_start|>assistant\n")
         assert int(prompt.mm_token_type_ids.sum()) == tokens == prompt.resized_size[0] * prompt.resized_size[1] // 784
-        single = policy.prompts([image], [question])[0]
+        single = policy.prompts([image.convert("RGBA")], [question])[0]         # alone, and in another mode
         assert torch.equal(single.ids, prompt.ids) and torch.equal(single.pixel_values, prompt.pixel_values)
     # 100 x 60 -> 112 x 56: 4 x 2 tokens take max(4, 2) = 4 positions, so text goes on 4 positions lower than its index
     assert prompts[0].resized_size == (112, 56) and prompts[0].next_position == len(prompts[0].ids) - (8 - 4)
+
+
+@pytest.mark.parametrize("size, resized", [
+    ((1, 1), (28, 28)), ((20, 20), (28, 28)), ((5, 28), None),          # a side below one token's 28 pixels is enlarged
+    ((10, 1900), None),                                                 # 190 : 1, still within what can be resized
+])
+def test_small_and_thin_images_are_enlarged_and_boxes_come_back_to_them(policy, size, resized):
+    prompt = policy.prompts([Image.new("RGB", size)], ["What?"])[0]
+    assert prompt.resized_size == (resized or prompt.resized_size) and min(prompt.resized_size) >= 28
+    tokens = prompt.resized_size[0] * prompt.resized_size[1] // 28**2
+    assert int(prompt.mm_token_type_ids.sum()) == tokens and len(prompt.pixel_values) == 4 * tokens
+    x1, y1, x2, y2 = policy.rollout([prompt], [["REGION"]], seeds=[0])[0][0].action.box
+    assert 0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]
 
 
 def test_max_pixels(folder):
@@ -1033,26 +922,19 @@ def test_max_pixels(folder):
     assert sizes == [(224, 112), (112, 56), (28, 28)]       # default: the folder's own 40 tokens hold 8 x 4
 
 
-def test_images_of_any_mode_are_read_as_rgb(policy):
-    grey = Image.fromarray(np.arange(3600, dtype=np.uint8).reshape(60, 60) % 251)
-    a, b = policy.prompts([grey, grey.convert("RGB")], ["?", "?"])
-    assert torch.equal(a.pixel_values, b.pixel_values)
-
-
-@pytest.mark.parametrize("image, question, message", [
-    (Image.new("RGB", (50, 50)), "What <|image_pad|> is", "question 1 contains the special token '<.image_pad.>'"),
-    (Image.new("RGB", (50, 50)), "<|im_end|>", "question 1 contains the special token"),
-    (Image.new("RGB", (500, 2)), "What?", "image 1 is .500, 2. pixels"),
-    (Image.new("RGB", (0, 0)), "What?", "image 1 is .0, 0. pixels"),
-    ("scene.jpg", "What?", "image 1 is a str; a PIL image"),
+@pytest.mark.parametrize("size, question, message", [
+    ((50, 50), "What <|image_pad|> is", "question 1 contains the special token '<.image_pad.>'"),
+    ((50, 50), "<|im_end|>", "question 1 contains the special token"),
+    ((50, 50), "a \ud83d b", "question 1 has half a surrogate pair"), ((50, 50), "\udfff", "half a surrogate pair"),
+    ((5, 1001), "What?", r"image 1 is \(5, 1001\) pixels.*drop the query"),             # 1001 / 5 > 200
+    ((0, 0), "What?", "image 1 is .0, 0. pixels"),
 ])
-def test_bad_prompts(policy, image, question, message):
+def test_bad_prompts(policy, size, question, message):
     with pytest.raises(ValueError, match=message):
-        policy.prompts([Image.new("RGB", (40, 40)), image], ["fine", question])
-    with pytest.raises(ValueError, match="1 images but 2 questions"):
-        policy.prompts([Image.new("RGB", (40, 40))], ["a", "b"])
-    with pytest.raises(ValueError, match="1 images but 2 questions"):
-        policy.act([Image.new("RGB", (40, 40))], ["a", "b"], batch_size=1)
+        policy.prompts([Image.new("RGB", (40, 40)), Image.new("RGB", size)], ["fine", question])
+    for ask in (policy.prompts, functools.partial(policy.act, batch_size=1)):
+        with pytest.raises(ValueError):
+            ask([Image.new("RGB", (40, 40))], ["a", "b"])
 
 
 def test_tied_embeddings_and_bfloat16(tmp_path, images):
@@ -1070,16 +952,3 @@ def test_tied_embeddings_and_bfloat16(tmp_path, images):
     out["logp"].sum().backward()
     assert torch.allclose(out["logp"], logged(out, groups), atol=0.3)           # bfloat16 keeps 8 bits
     assert all(torch.isfinite(p.grad).all() for p in rounded.lora_parameters())
-
-
-@pytest.mark.parametrize("targets", ["all", "language"])
-def test_free_decoding_sends_an_image_through_the_tower_once(policy, prompts, monkeypatch, targets):
-    """Own decision, forced FULL and forced REGION are three rows of a prefill, and one image."""
-    policy.add_lora(r=2, targets=targets)
-    see, seen = policy._see, []
-    monkeypatch.setattr(policy, "_see", lambda found: seen.append(len(found)) or see(found))
-    wanted = [c.ids for c in policy.rollout(prompts[:1], [["REGION"]], "free", seeds=[1], max_new_tokens=3)[0]]
-    policy.rollout(prompts[:2], [[None, "FULL", "REGION"], ["REGION", None]], "free", seeds=[1, 2], max_new_tokens=3)
-    assert seen == ([1, 2] if targets == "all" else [1, 1])         # the first image is kept where no LoRA changes it
-    again = policy.rollout(prompts[:1], [["REGION"]], "free", seeds=[1], max_new_tokens=3)[0]
-    assert [c.ids for c in again] == wanted

@@ -58,7 +58,7 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import rgrpo
-from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, BoxDraft, Policy, Tree, suit_cuda
+from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Draft, Policy, Tree, suit_cuda
 from rewards import reward
 from scorer import EvaClip, EvaClipConfig, Scorer, crop, preprocess, scores, write_json
 
@@ -244,14 +244,12 @@ def write_answers(policy, prompts, args):
     for b, prompt in enumerate(prompts):
         group = []
         for n, entry in enumerate(["FULL"] + ["REGION"] * (args.group - full)):
-            draft, draw = BoxDraft(prompt, None, grammar), np.random.default_rng([b, n])
-            token = grammar.full if entry == "FULL" else grammar.region
-            draft.add_template(grammar.prefix)
-            draft.add_decision(token, (grammar.full, grammar.region), 0.0, forced=True)
-            draft.add_template(grammar.full_tail if entry == "FULL" else grammar.spans[0])
-            while entry == "REGION" and not draft.done:
-                draft.choose(int(draw.choice(draft.choices())), 0.0)
-            group.append(draft.finish(draft.text(None)))
+            draft, draw = Draft(b, prompt, entry), np.random.default_rng([b, n])
+            draft.begin(draft.by_grammar(grammar))
+            draft.choose(draft.given[0], 0.0)
+            while draft.allowed:
+                draft.choose(int(draw.choice(draft.allowed)), 0.0)
+            group.append(draft.finish())
         groups.append(group)
     return groups, [[full] + [1] * (args.group - full)] * len(prompts)
 
