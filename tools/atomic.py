@@ -56,14 +56,19 @@ def wanted_urls(kb):
     return np.unique(np.frombuffer(hashes, np.uint64))
 
 
+def batches(path):
+    """Yield a parquet file's rows, few at once as pictures are megabytes. InputError where it is cut or damaged."""
+    parquet = importlib.import_module("pyarrow.parquet")
+    try:
+        yield from parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["image_url", "image"])
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise InputError(f"{path}: no whole parquet file ({' '.join(str(error).split())}); fetch it again") from error
+
+
 def unpack(path, root, wanted):
     """Write the wanted images of one parquet file -> {url: path below the root}."""
-    pairs, parquet = {}, importlib.import_module("pyarrow.parquet")
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise InputError(f"{path}: no whole parquet file ({error}); fetch it again") from error
-    for batch in file.iter_batches(batch_size=256, columns=["image_url", "image"]):  # few at once: they are megabytes
+    pairs = {}
+    for batch in batches(path):
         urls = batch.column("image_url").to_pylist()
         hashes = np.array([url_hash(url or "") for url in urls], np.uint64)
         for i in np.flatnonzero(np.isin(hashes, wanted)).tolist():
