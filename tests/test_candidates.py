@@ -4,7 +4,6 @@ makes of them.
     python -m pytest tests/test_candidates.py
 """
 
-import importlib.machinery
 import itertools
 import json
 import os
@@ -161,7 +160,7 @@ class FakeParquet:
 def parquet(tmp_path, monkeypatch):
     """A root with a knowledge base of 12 images, 11 of which two parts of AToMiC hold; arguments of atomic.main."""
     package, module = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
-    package.__spec__, module.ParquetFile, FakeParquet.opened = importlib.machinery.ModuleSpec("pyarrow", None), FakeParquet, 0
+    module.ParquetFile, FakeParquet.opened = FakeParquet, 0
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
     urls = [f"https://up.org/caf\u00e9_{n}.jpg" for n in range(12)]

@@ -13,8 +13,6 @@ that AToMiC lacks (1.25 million of E-VQA's) stay out of the mapping, and prepare
 
 import argparse
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 from array import array
@@ -56,19 +54,18 @@ def wanted_urls(kb):
     return np.unique(np.frombuffer(hashes, np.uint64))
 
 
-def batches(path):
+def batches(parquet, path):
     """Yield a parquet file's rows, few at once as pictures are megabytes. InputError where it is cut or damaged."""
-    parquet = importlib.import_module("pyarrow.parquet")
     try:
         yield from parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["image_url", "image"])
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise InputError(f"{path}: no whole parquet file ({' '.join(str(error).split())}); fetch it again") from error
 
 
-def unpack(path, root, wanted):
+def unpack(parquet, path, root, wanted):
     """Write the wanted images of one parquet file -> {url: path below the root}."""
     pairs = {}
-    for batch in batches(path):
+    for batch in batches(parquet, path):
         urls = batch.column("image_url").to_pylist()
         hashes = np.array([url_hash(url or "") for url in urls], np.uint64)
         for i in np.flatnonzero(np.isin(hashes, wanted)).tolist():
@@ -88,8 +85,10 @@ def write_image(path, content):
 
 def unpack_all(args):
     """Unpack the parts that are not there yet and write the mapping; returns how many urls it has."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise InputError("AToMiC's parquet files need one more package: pip install pyarrow")
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError("AToMiC's parquet files need one more package: pip install pyarrow") from error
     kb, out, folder = (os.path.join(args.root, name) for name in (args.kb, args.out, FOLDER))
     if not os.path.isfile(kb):
         raise FileNotFoundError(f"{kb} is missing; name the knowledge base with --kb")
@@ -103,7 +102,8 @@ def unpack_all(args):
     left = [part for part in parts if not os.path.isfile(os.path.join(folder, f"{part}.json"))]
     wanted = wanted_urls(kb) if left else None
     for part in tqdm(left, desc="AToMiC", unit="part", disable=None):
-        write_json(os.path.join(folder, f"{part}.json"), unpack(os.path.join(args.atomic, part), args.root, wanted))
+        pairs = unpack(parquet, os.path.join(args.atomic, part), args.root, wanted)
+        write_json(os.path.join(folder, f"{part}.json"), pairs)
     return join_parts([os.path.join(folder, f"{part}.json") for part in parts], out)
 
 
