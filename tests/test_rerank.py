@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 
 from policy import Action, load_policy
-from scorer import (InputError, Query, crop, fuse, load_scorer, scores, trec_id, write_array, write_json,
-                    write_split)
+from scorer import (InputError, Query, crop, fuse, load_scorer, scores, write_array, write_json, write_split)
 from tools import rerank as tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,7 +220,8 @@ def test_list_of_candidates(tmp_path):
 
 # ------------------------------------------------------------------------------------------- a prepared knowledge base
 
-ENTITIES = [f"https://w/{name} one" for name in NAMES]  # a blank, which run files cannot hold
+# Run files cannot hold a blank, and may or may not quote a bracket.
+ENTITIES = [*(f"https://w/{name} one" for name in NAMES[:3]), "https://w/green_(colour)"]
 
 
 def build(tmp_path):
@@ -323,6 +323,19 @@ def test_table(world, capsys):
     assert "cannot be read" in run(world, capsys, "--query", "q 3").splitlines()[1]
 
 
+def test_stored_pool_is_that_of_its_own_image(world, capsys):
+    """As where --retrieved or another --pool made it. An image of one's own, asked the same question, has none."""
+    for name, rows in (("test_pool", [0, 1, 3]), ("test_pool_image", [0, 2, 6])):
+        write_array(world / "data" / f"{name}.npy", np.array([rows] * 4, np.int32))
+    stored, own = ["--query", "q 0", "--json"], ["--image", world / "raw" / "q1.png"]
+    assert names_of(run(world, capsys, *stored)) == [ENTITIES[1], ENTITIES[0], ENTITIES[3]]
+    assert names_of(run(world, capsys, *stored, *own)) == [ENTITIES[1], ENTITIES[0], ENTITIES[2]]
+    (world / "in.jsonl").write_text('{"id": "q 0"}\n{"id": "q%201", "image": "raw/q0.png"}')
+    run(world, capsys, "--batch", world / "in.jsonl", "--out", world / "out.jsonl")
+    assert [{row["name"] for row in line["candidates"]} for line in lines_of(world / "out.jsonl")] == [
+        {ENTITIES[0], ENTITIES[1], ENTITIES[3]}, set(ENTITIES[:3])]
+
+
 def test_own_image_is_retrieved_for(world, capsys):
     """prepare.py's search. K = 3 by the manifest, so green, the furthest, is not there; --k 1 leaves the nearest."""
     own = ["--image", world / "raw" / "q0.png", "--question", "0", "--json"]
@@ -331,13 +344,13 @@ def test_own_image_is_retrieved_for(world, capsys):
 
 
 def test_folder_and_box_picture(world, capsys):
-    output = run(world, capsys, "--image", world / "raw" / "q0.png", "--question", "0", "--candidates",
+    output = run(world, capsys, "--image", world / "raw" / "q0.png", "--question", "1", "--candidates",
                  paint(world / "c"), "--save-image", world / "out.png", "--json")
-    assert names_of(output) == ["red", "purple", "blue", "green"]  # blue and green: 0 both, by file name
-    with Image.open(world / "out.png") as picture:
-        # The line is 2 wide and inside the box: red on blue can be seen at its bottom right only, were it off by one.
-        assert picture.size == (64, 64) and picture.getpixel((31, 63)) == (255, 0, 0)
-        assert picture.getpixel((32, 63)) == (0, 0, 255)
+    assert names_of(output) == ["blue", "purple", "green", "red"]  # green and red: 0 both, by file name
+    with Image.open(world / "out.png") as picture:  # a red line, 2 wide and inside the box, on the blue half
+        assert picture.size == (64, 64)
+        assert {picture.getpixel(at) for at in ((33, 30), (62, 30), (50, 1), (50, 62))} == {(255, 0, 0)}
+        assert {picture.getpixel(at) for at in ((34, 30), (61, 30), (50, 2), (50, 61))} == {(0, 0, 255)}
     assert not list(world.glob("*.tmp"))
     with pytest.raises(SystemExit, match="no-such-folder"):
         run(world, capsys, "--query", "q 0", "--save-image", world / "no-such-folder" / "a.png")
@@ -345,8 +358,8 @@ def test_folder_and_box_picture(world, capsys):
 
 
 def trec(path, queries, scored):
-    path.write_text("".join(f"{query} Q0 {trec_id(ENTITIES[NAMES.index(name)])} 0 {score} t\n" for query in queries
-                            for name, score in scored))
+    path.write_text("".join(f"{query} Q0 {ENTITIES[NAMES.index(name)].replace(' ', '%20')} 0 {score} t\n"
+                            for query in queries for name, score in scored))
 
 
 def test_trec_run(world, capsys):
@@ -487,15 +500,18 @@ def test_batch_refuses_other_settings_and_other_files(world, capsys, fakes, many
         run(world, capsys, *many)
     fakes.scorer = ColourScorer()
     adapter.write_bytes(b"trained again")
-    with pytest.raises(SystemExit, match="begun with another adapter weights"):
+    (world / "data" / "manifest.json").write_text((world / "data" / "manifest.json").read_text() + "\n")
+    with pytest.raises(SystemExit, match="begun with another adapter weights, data files"):
         run(world, capsys, *many)
 
 
-def test_batch_of_a_whole_run(world, capsys):
+def test_batch_of_a_whole_run(world, capsys, fakes):
     trec(world / "r.trec", ["q%200", "q%201"], [("blue", .2), ("red", .3)])
     run(world, capsys, "--batch", world / "r.trec", "--out", world / "out.jsonl")
     assert [(line["id"], line["candidates"][0]["name"]) for line in lines_of(world / "out.jsonl")] == [
         ("q%200", ENTITIES[1]), ("q%201", ENTITIES[2])]
+    run(world, capsys, "--batch", world / "r.trec", "--out", world / "out.jsonl")
+    assert len(fakes.policy.asked) == 1  # nothing was left to do
 
 
 # --------------------------------------------------------------------------------------------------- the shipped models
