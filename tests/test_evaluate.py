@@ -14,17 +14,19 @@ pool's order. A left half is red: red 1, purple .707, then blue before green wit
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytrec_eval
+import torch
 from PIL import Image
 
 import evaluate
 from policy import Action
-from rewards import metrics
-from scorer import POOL_VERSION, Query, load_data, write_array, write_json, write_pool
+from rewards import metrics, summary
+from scorer import InputError, Query, load_data, read_json, write_array, write_json, write_split
 from scorer import crop as cut
 from scorer import scores as cosine
 
@@ -32,15 +34,20 @@ LEFT, RIGHT, WHOLE = (0.0, 0.0, 32.0, 64.0), (32.0, 0.0, 64.0, 64.0), (0.0, 0.0,
 COLOURS = [(255, 0, 255), (255, 0, 0), (0, 0, 255), (0, 255, 0)]  # purple, red, blue, green
 POSITIVE, SAYS = [1, 0, None, 2], [.9, .1, .8, .6]
 TRUTH = {0: (LEFT, "species"), 1: (LEFT, "landmark"), 3: (RIGHT, "species")}
-ALL = evaluate.METHODS
+ALL = [name for name in evaluate.METHODS if name != "zeroshot2"]
+FIELDS = ["query_id", "question", "image", "kind", "positives", "decision", "box", "p_region", "text", "scores",
+          "labels", "rank", "full_rank", "margin", "full_margin", "iou", "seconds", "encodes", "unreadable"]
 
 
 class ColourScorer:
     """Feature = mean colour, so every cosine can be worked out by hand. Counts what it encodes."""
-    name, identity, dim, batch_size = "colours", "colours@1", 3, 64
+    name, dtype, dim, batch_size = "colours", torch.float32, 3, 64
 
     def __init__(self):
         self.encoded = 0
+
+    def fingerprint(self):
+        return np.array([1, 0, 0], np.float32)
 
     def image_features(self, images):
         self.encoded += len(images)
@@ -48,10 +55,12 @@ class ColourScorer:
 
 
 class ScriptedPolicy:
-    """Says what the table above says; with the adapter off it always points left and never crops by itself (p .2)."""
+    """Says what the table above says; with the adapter off it always points left and never crops by itself (p .2).
+    Counts its answers and batches, and dies at batch `dies_at`."""
 
     def __init__(self, p_region=SAYS, box=LEFT):
-        self.p_region, self.box, self.learned, self.passes = p_region, box, True, 0
+        self.p_region, self.box, self.learned, self.max_new_tokens = p_region, box, True, 256
+        self.passes, self.batches, self.dies_at = 0, 0, None
 
     @contextmanager
     def adapter(self, enabled):
@@ -60,6 +69,10 @@ class ScriptedPolicy:
         self.learned = before
 
     def act(self, images, questions, decode="grammar", sample=False, force=None, batch_size=16, seed=0):
+        self.batches += 1
+        if self.batches == self.dies_at:
+            raise KeyboardInterrupt
+        assert all(image.size == (64, 64) for image in images)
         self.passes += len(images)
         actions = []
         for question in questions:
@@ -82,56 +95,77 @@ def build(tmp_path, truth=True):
     for i in range(4):
         Image.fromarray(picture).save(raw / f"q{i}.png")
         Image.new("RGB", (8, 8), COLOURS[i]).save(raw / f"e{i}.png")
-    write_pool(data / "test.jsonl", [
-        Query(f"q{i}", f"q{i}.png", f"What is this, {i}", [0, 1, 2, 3], [0, 1, 2, 3],
-              [int(k == POSITIVE[i]) for k in range(4)], [.9, .8, .7, .6],
-              [f"https://w/entity {POSITIVE[i]}" if i != 2 else "https://w/elsewhere"]) for i in range(4)])
+    pool, labels = np.tile(np.arange(4), (4, 1)), [[k == positive for k in range(4)] for positive in POSITIVE]
+    write_split(data, "test", [
+        Query(f"q{i}", f"q{i}.png", f"What is this, {i}",
+              [f"https://w/entity {POSITIVE[i]}" if i != 2 else "https://w/elsewhere"]) for i in range(4)],
+        pool=pool, pool_image=pool, labels=labels, retrieval=np.tile([.9, .8, .7, .6], (4, 1)),
+        full=np.full((4, 3), (127.5, 0, 127.5)))
     with open(data / "kb.jsonl", "w", encoding="utf-8") as file:
         for k in range(4):
             entity = {"entity_id": f"https://w/entity {k}", "title": "", "text": "", "images": [f"e{k}.png"]}
             file.write(json.dumps(entity) + "\n")
-    write_array(data / "test_full.npy", np.full((4, 3), (127.5, 0, 127.5), np.float16))
     write_array(data / "kb_image.npy", np.array(COLOURS, np.float16))
     write_array(data / "kb_text.npy", np.zeros((4, 3), np.float16))
     write_array(data / "kb_entity.npy", np.arange(4, dtype=np.int32))
     files = {path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in data.iterdir()}
     write_json(data / "manifest.json", {
-        "version": POOL_VERSION, "dataset": "colours", "root": "../raw", "args": {}, "scorer": "colours@1",
-        "scorer_name": "colours", "K": 4, "dim": 3, "files": files, "packages": {},
+        "version": 2, "dataset": "colours", "root": "../raw", "args": {}, "K": 4, "dim": 3, "files": files,
+        "scorer": {"name": "colours", "dtype": "float32", "fingerprint": [1, 0, 0]}, "packages": {},
         "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 3}},
         "kb": {"entries_read": 4, "kept": 4, "images": 4, "dropped": {}}})
     if truth:
         rows = [{"image": f"q{i}.png", "box": box, "kind": kind} for i, (box, kind) in TRUTH.items()]
         (raw / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    write_json(run / "config.json", {"args": {"decode": "grammar"}, "pools": load_data(str(data), "test").identity,
-                                     "policy": "scripted", "scorer": "colours", "data": "data/colours"})
+    write_json(run / "config.json", {"args": {"decode": "grammar", "seed": 5}, "data": "data/colours",
+                                     "scorer": "colours", "policy": "scripted", "pools": load_data(str(data), "test").identity})
     return ["--data", str(data), "--run", str(run)]
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """(arguments, the loaded models so far): evaluate.main runs on fakes."""
-    loaded = SimpleNamespace(scorer=ColourScorer(), policy=ScriptedPolicy(), asked=[])
-    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device, dtype=None: loaded.scorer)
+    """(arguments, what was loaded): evaluate.main runs on fakes, on two policies by name."""
+    loaded = SimpleNamespace(scorer=ColourScorer(), policy=ScriptedPolicy(), asked=[], dtypes=[])
+    policies = {"scripted": loaded.policy, "another": ScriptedPolicy(p_region=[.2, .9, .2, .2], box=RIGHT)}
 
-    def load_policy(name, adapter=None, **settings):
+    def load_policy(name, adapter=None, dtype=None, **settings):
         loaded.asked.append((name, adapter))
-        return loaded.policy
+        loaded.dtypes.append(dtype)
+        return policies[name]
 
+    def load_scorer(name, device, dtype=None):
+        loaded.dtypes.append(dtype)
+        return loaded.scorer
+
+    monkeypatch.setattr(evaluate, "load_scorer", load_scorer)
     monkeypatch.setattr(evaluate, "load_policy", load_policy)
     return build(tmp_path), loaded
 
 
 def run_main(arguments, *more):
     evaluate.main([*arguments, *more])
-    with open(f"{arguments[3]}/eval/metrics.json", encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(f"{arguments[3]}/eval/metrics.json", "")
+
+
+def rows_of(arguments, method, folder="eval"):
+    lines = Path(f"{arguments[3]}/{folder}/test.{method}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def ranks(arguments, method):
-    with open(f"{arguments[3]}/eval/test.{method}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line)["rank"] for line in file]
+    return [row["rank"] for row in rows_of(arguments, method)]
+
+
+def without_seconds(rows):  # seconds are measured, all else is computed
+    return [{**row, "seconds": None} for row in rows]
+
+
+def refused(arguments, *more):
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([*arguments, *more])
+    assert str(error.value).startswith("evaluate.py: ")
+    return str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------- the whole stage
@@ -143,7 +177,9 @@ def test_ranks_by_hand(world):
     assert ranks(arguments, "policy") == [1, 1, 5, 3]    # q0 fixed; q1 kept; q3 looked at the wrong half
     assert ranks(arguments, "always") == [1, 2, 5, 3]    # the same boxes also spoil q1
     assert ranks(arguments, "zeroshot") == [2, 1, 5, 3]  # never crops
+    assert ranks(arguments, "zeroshot_always") == [1, 2, 5, 3]
     assert ranks(arguments, "oracle") == [1, 1, 5, 1]
+    assert ranks(arguments, "truth") == [1, 2, 5, 1]     # q2 has none
     assert ranks(arguments, "center") == [2, 1, 5, 3]    # the middle is half red, half blue, as the whole
 
 
@@ -168,22 +204,42 @@ def test_numbers_by_hand(world):
     # The true box: fixes both species, spoils the landmark.
     kinds = result["truth_box"]["kinds"]
     assert kinds["species"]["help"] == 1 and kinds["landmark"]["hurt"] == 1
+    assert (result["K"], result["queries"], result["with_positive"]) == (4, 4, 3)
+    assert (result["seed"], result["training_seed"], result["decode"]) == (0, 5, "grammar")
 
 
-def test_rows_hold_what_report_needs(world):
+def test_rows_by_hand(world):
     arguments, _ = world
     run_main(arguments)
-    with open(f"{arguments[3]}/eval/test.policy.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    assert list(rows[0]) == ["query_id", "question", "image", "kind", "positives", "decision", "box", "p_region",
-                             "text", "scores", "labels", "rank", "full_rank", "margin", "full_margin", "iou",
-                             "containment", "judge", "seconds", "encodes", "unreadable"]
+    rows = rows_of(arguments, "policy")
+    q0, q1, q2, _ = rows
+    assert list(q0) == FIELDS
     assert [row["decision"] for row in rows] == ["REGION", "FULL", "REGION", "REGION"]
-    assert rows[0]["box"] == list(LEFT) and rows[1]["box"] is None
+    assert q0["box"] == list(LEFT) and q1["box"] is None and q1["text"] == '{"Decision": "FULL"}'
     assert [row["p_region"] for row in rows] == SAYS  # exact for FULL as well, though REGION was forced to learn it
     assert [row["full_rank"] for row in rows] == [2, 1, 5, 3]
+    assert [row["labels"] for row in rows] == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert [row["iou"] for row in rows] == [1, None, None, 0]
+    assert q0["margin"] == pytest.approx(1 - 2**-.5, abs=1e-3)        # red 1, purple .7071
+    assert q0["full_margin"] == pytest.approx(2**-.5 - 1, abs=1e-3)   # the other way round
+    assert q2["margin"] is None and q2["positives"] == ["https://w/elsewhere"] and q2["kind"] is None
+    assert (q0["kind"], q0["encodes"], q1["encodes"], q0["unreadable"]) == ("species", 1, 0, False)
     again = metrics([row["scores"] for row in rows], [row["labels"] for row in rows])  # the rows give the ranks back
     assert again["rank"].tolist() == [row["rank"] for row in rows]
+
+
+def test_seconds_are_of_deciding_and_of_the_view(world, monkeypatch):
+    """A clock that jumps by a second at each look: a pass of four takes 1/4 each, the batch of 2 different boxes
+    (q0..q3 left; q3's truth right: 5 views) 1/5 each."""
+    arguments, _ = world
+    ticks = iter(range(1000))
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(ticks))
+    run_main(arguments, "--methods", "policy,oracle")
+    q0, q1, *_ = rows_of(arguments, "policy")
+    # Views: left of q0, q2, q3 (policy), left of q1 and right of q3 (truth): 5.
+    assert q0["seconds"] == pytest.approx(1 / 4 + 1 / 5) and q1["seconds"] == pytest.approx(1 / 4)
+    assert rows_of(arguments, "full")[0]["seconds"] is None
+    assert rows_of(arguments, "truth")[1]["seconds"] == pytest.approx(1 / 5)
 
 
 def test_everything_is_computed_once(world):
@@ -197,142 +253,361 @@ def test_everything_is_computed_once(world):
     assert loaded.scorer.encoded == 0
 
 
-def test_report_shows_all_tables(world, capsys):
+def test_printed_tables(world, capsys):
     arguments, _ = world
     run_main(arguments)
-    printed = capsys.readouterr().out
-    for words in ("Table 1", "Table 2", "Table 4", "Table 7", "by kind", "species, n = 2", "the paper, E-VQA",
-                  "the paper, InfoSeek", "4 queries, 3 of them with a positive", "gap closed in CondR@1: 50%"):
-        assert words in printed
-    lines = {line.split()[0]: line.split() for line in printed.splitlines() if line.startswith(ALL)}
-    assert set(ALL) <= set(lines)
-    policy = next(line.split() for line in printed.splitlines() if line.startswith("policy"))
-    # MRR (1 + 1 + 0 + 1/3) / 4, R@1 in per cent as in the paper, CondR@1 as a share.
-    assert policy[1] == "0.583" and policy[3] == "50.0" and policy[8] == "0.667"
+    lines = capsys.readouterr().out.splitlines()
+    for words in ("4 queries, 3 of them with a positive", "gap closed in CondR@1: 50%", "wrote to"):
+        assert any(words in line for line in lines)
+    found = {line.split()[0]: line.split() for line in reversed(lines) if line.startswith(tuple(ALL))}  # its first line
+    assert set(ALL) <= set(found)
+    # MRR (1 + 1 + 0 + 1/3) / 4, NDCG (1 + 1 + 0 + 1/2) / 4, R@1 in per cent as in the paper, CondR@1 as a share.
+    assert found["policy"] == ["policy", *"0.583 0.625 50.0 75.0 75.0 75.0 | 0.667 1.000 1.000 | 75.0 0 0.50".split()]
+    assert found["full"][-3:] == ["0.0", "0", "-"]
+    # The layout, digit by digit: whoever reads these tables by a program may go by columns.
+    for line in (
+            f"{'':36}Table 1{'':22}|{'':10}Table 2{'':12}|       what it did        ",
+            "method               MRR    NDCG     R@1     R@5    R@10    R@20 |  CondR@1  CondR@5 CondR@10  |"
+            "  crop % bad text    IoU",
+            "policy              0.47    0.48    44.7    48.2    49.9    50.8 |     0.90     0.95     0.98  |",
+            "policy              0.71    0.73    66.5    78.2    80.2    81.7 |     0.81     0.96     0.98  |",
+            f"Table 4         {'original rank=1, n = 1':^44}{'original rank>1, n = 2':^44}",
+            "policy                  0.0        0.0        0.0      100.0      100.0       50.0        0.0       50.0",
+            f"by kind         {'landmark, n = 1':^46}{'species, n = 2':^46}",
+            "always              0.000    100.0     1.00      0.0    100.0    0.500    100.0     0.50     50.0      0.0"
+    ):
+        assert line in lines
+    assert any(line.startswith("truth               0.000    100.0") for line in lines)
 
 
 def test_same_numbers_twice_and_for_every_batch_size(world):
     arguments, _ = world
-    def rows():
-        with open(f"{arguments[3]}/eval/test.random.jsonl", encoding="utf-8") as file:
-            return [{**json.loads(line), "seconds": None} for line in file]  # seconds are measured, all else computed
-
     once = run_main(arguments)
-    before = rows()
+    before = without_seconds(rows_of(arguments, "random"))
     assert run_main(arguments, "--batch-size", "3") == once
-    assert rows() == before
+    assert without_seconds(rows_of(arguments, "random")) == before
+    assert run_main(arguments, "--seed", "1") != once
     assert run_main(arguments, "--limit", "2")["queries"] == 2
+    assert without_seconds(rows_of(arguments, "random")) != before[:2]  # boxes of the default seed are drawn by row
+    assert run_main(arguments, "--limit", "1")["with_positive"] == 1
 
 
-def test_contact_sheet(world):
-    arguments, _ = world
-    run_main(arguments, "--sheet", "3")
-    with Image.open(f"{arguments[3]}/eval/test.sheet.png") as sheet:
-        assert sheet.size == (5 * 156, 20 + 3 * 186)
-        colours = {sheet.getpixel((c * 156 + 75, 20 + 32 + 75)) for c in range(1, 5)}
-    # First row is q0, the one that a crop fixed: its crop is red, first before purple, first after and positive red.
-    assert colours == {(255, 0, 0), (255, 0, 255)}
-
-
-def test_trec_files_agree_with_trec_eval(world):
+def test_trec_eval_gives_our_numbers(world, tmp_path):
     """trec_eval's own code, on our files, gives our numbers: also with ties, which it would break by name."""
     arguments, _ = world
-    result = run_main(arguments)
+    result = run_main(arguments, "--run-file", f"their={their_run(tmp_path)}")
     with open(f"{arguments[3]}/eval/test.qrels") as file:
-        evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(file), {"recip_rank", "ndcg"})
-    for name in ALL:
+        evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(file), {"recip_rank", "ndcg", "recall.1,5"})
+    assert list(result["methods"]) == [*ALL, "their"]
+    for name, ours in result["methods"].items():
         with open(f"{arguments[3]}/eval/test.{name}.trec") as file:
             found = evaluator.evaluate(pytrec_eval.parse_run(file))
         assert len(found) == 4
-        for ours, theirs in (("MRR", "recip_rank"), ("NDCG", "ndcg")):
-            assert np.mean([row[theirs] for row in found.values()]) == pytest.approx(result["methods"][name][ours])
+        for key, theirs in (("MRR", "recip_rank"), ("NDCG", "ndcg"), ("R@1", "recall_1"), ("R@5", "recall_5")):
+            assert np.mean([row[theirs] for row in found.values()]) == pytest.approx(ours[key]), (name, key)
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+def test_metrics_come_last(world, monkeypatch):
+    """A run that dies while writing leaves no metrics.json, not even the one of the run before it; and no answer that a
+    model gave is asked for again."""
+    arguments, loaded = world
+    whole = run_main(arguments)
+    write, passes = evaluate.write_trec, loaded.policy.passes
+    monkeypatch.setattr(evaluate, "write_trec", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):  # no matter of input: it keeps its traceback
+        run_main(arguments)
+    assert not Path(f"{arguments[3]}/eval/metrics.json").exists() and loaded.policy.passes == 2 * passes
+    monkeypatch.setattr(evaluate, "write_trec", write)
+    assert run_main(arguments) == whole and loaded.policy.passes == 2 * passes
+    assert not Path(f"{arguments[3]}/eval/test.actions.part").exists()
+
+
+def test_out_folder(world, tmp_path):
+    arguments, _ = world
+    evaluate.main([*arguments, "--out", str(tmp_path / "elsewhere"), "--methods", "policy"])
+    assert (tmp_path / "elsewhere" / "metrics.json").exists() and not (tmp_path / "run" / "eval").exists()
+
+
+def test_adapter_of_another_folder(world, tmp_path):
+    arguments, loaded = world
+    best = tmp_path / "run" / "adapter_best"
+    (tmp_path / "run" / "adapter").rename(best)
+    run_main(arguments, "--methods", "policy", "--adapter", str(best))
+    assert loaded.asked == [("scripted", str(best))]
+
+
+@pytest.mark.parametrize("spelt", ["{}/", "./{}", "{}//"])
+def test_one_name_for_one_run(world, tmp_path, monkeypatch, spelt):
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--data", spelt.format("data"), "--run", spelt.format("run"), "--methods", "full"])
+    result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
+    assert (result["run"], result["data"]) == ("run", "data")
+    assert evaluate.parse_args(["--run", "a/../b/"]).run == "a/../b"  # a may be a link
+
+
+# ---------------------------------------------------------------------------------------------- methods and refusals
 
 def test_malformed_falls_back_to_full_and_is_counted(world):
     arguments, loaded = world
     loaded.policy.p_region = [None, .1, .8, None]
-    result = run_main(arguments, "--decode", "free", "--methods", "full,policy")
+    result = run_main(arguments, "--decode", "free", "--methods", "full,policy,always")
     assert ranks(arguments, "policy") == ranks(arguments, "full")
     assert result["methods"]["policy"]["malformed"] == 2 and result["methods"]["policy"]["crop_rate"] == 1 / 4
-    with open(f"{arguments[3]}/eval/test.policy.jsonl", encoding="utf-8") as file:
-        assert json.loads(file.readline())["decision"] == "MALFORMED"  # counted, not renamed FULL
+    first = rows_of(arguments, "policy")[0]
+    assert first["decision"] == "MALFORMED" and first["text"] == "a box, perhaps"  # counted, not renamed FULL
+    assert loaded.policy.passes == 4 + 4  # in free text a decision is a pass of its own
+    assert "--threshold needs p(REGION" in refused(arguments, "--decode", "free", "--threshold", ".3")
+
+
+def test_decoding_and_dtypes_are_those_of_run_and_data(world, tmp_path):
+    arguments, loaded = world
+    config = read_json(tmp_path / "run" / "config.json", "")
+    write_json(tmp_path / "run" / "config.json", {**config, "args": {
+        "decode": "free", "policy_dtype": "bfloat16", "max_new_tokens": 7}})
+    result = run_main(arguments, "--methods", "policy")
+    assert (result["decode"], result["policy_dtype"], loaded.dtypes) == ("free", "bfloat16", ["float32", "bfloat16"])
+    assert loaded.policy.max_new_tokens == 7 and loaded.policy.keep_prefix
+    result = run_main(arguments, "--methods", "policy", "--policy-dtype", "float32", "--decode", "grammar")
+    assert (result["decode"], result["policy_dtype"], loaded.dtypes[2:]) == ("grammar", "float32", ["float32"] * 2)
+
+
+def test_threshold_is_the_learned_policys_alone(world):
+    arguments, _ = world
+    result = run_main(arguments, "--threshold", ".8", "--methods", "policy,zeroshot")
+    # .8 > .8 is false.
+    assert [row["decision"] for row in rows_of(arguments, "policy")] == ["REGION", "FULL", "FULL", "FULL"]
+    assert result["threshold"] == .8
+    run_main(arguments, "--threshold", ".05", "--methods", "policy,zeroshot,always")
+    assert [row["decision"] for row in rows_of(arguments, "policy")] == ["REGION"] * 4
+    assert [row["decision"] for row in rows_of(arguments, "zeroshot")] == ["FULL"] * 4  # p .2: a baseline stays greedy
+
+
+def test_second_base_model(world, capsys):
+    arguments, loaded = world
+    result = run_main(arguments, "--zeroshot-policy", "another")
+    assert loaded.asked == [("scripted", f"{arguments[3]}/adapter"), ("another", None)]  # an adapter is not its own
+    assert ranks(arguments, "zeroshot2") == [2, 2, 5, 3]  # crops q1 alone, to its right half, wrongly
+    assert list(result["methods"])[4:6] == ["zeroshot_always", "zeroshot2"]
+    assert result["models"]["zeroshot2"] == "another" and "zeroshot2 is another" in capsys.readouterr().out
 
 
 def test_run_of_other_data_is_refused(world):
     arguments, _ = world
     path = f"{arguments[1]}/manifest.json"
-    with open(path, encoding="utf-8") as file:
-        manifest = json.load(file)
+    manifest = read_json(path, "")
     write_json(path, {**manifest, "args": {"batch_size": 7}, "packages": {}})  # the same pools, made in another way
     evaluate.main(arguments)
-    write_json(path, {**manifest, "files": {**manifest["files"], "test.jsonl": {
-        "bytes": manifest["files"]["test.jsonl"]["bytes"], "sha256": "another"}}})
-    with pytest.raises(SystemExit, match="trained on data/colours .* evaluate on the data of the run"):
-        evaluate.main(arguments)
+    manifest["files"]["test.jsonl"]["sha256"] = "another"
+    write_json(path, manifest)
+    assert "trained on data/colours" in refused(arguments)
 
 
-def test_run_without_adapter(world, tmp_path):
+def test_run_without_adapter_or_config(world, tmp_path):
     arguments, loaded = world
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(SystemExit, match="adapter_model.safetensors is missing.*random, always, policy need.*train.py"):
-        evaluate.main(arguments)
+    assert "safetensors is missing, and random, always, policy need the trained policy" in refused(arguments)
     run_main(arguments, "--methods", "full,center,zeroshot")  # needs none
     assert loaded.asked == [("scripted", None)]
+    nowhere = [*arguments[:3], str(tmp_path / "none")]
+    assert run_main(nowhere, "--methods", "full,center,oracle")["queries"] == 4 and len(loaded.asked) == 1
+    assert "names a policy: give --policy" in refused(nowhere, "--methods", "zeroshot")
+    assert run_main(nowhere, "--methods", "zeroshot", "--policy", "scripted")["models"]["policy"] == "scripted"
 
 
-def test_run_folder_is_not_needed_without_a_policy(world, tmp_path):
-    arguments, loaded = world
-    assert run_main([*arguments[:3], str(tmp_path / "none")], "--methods", "full,center,oracle")["queries"] == 4
-    assert loaded.asked == []
-    with pytest.raises(SystemExit, match="names a policy: give --policy"):
-        evaluate.main([*arguments[:3], str(tmp_path / "none"), "--methods", "zeroshot"])
+@pytest.mark.parametrize("content", ["{cut", "[1]", '{"pools": "x"}', '{"pools": "x", "data": "y", "policy": "z"}'])
+def test_damaged_config_of_the_run_is_named(world, tmp_path, content):
+    (tmp_path / "run" / "config.json").write_text(content)
+    message = refused(world[0])
+    assert "config.json" in message and "put it back" in message
+
+
+def test_policy_that_cannot_be_loaded_is_told_in_one_line(world, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: (_ for _ in ()).throw(ValueError("no such model")))
+    assert "no such model" in refused(world[0])
 
 
 def test_pools_of_another_scorer_are_refused(world):
     arguments, loaded = world
-    loaded.scorer.identity = "grey@2"
-    with pytest.raises(SystemExit, match="colours@1.*grey@2"):
-        evaluate.main(arguments)
+    loaded.scorer.fingerprint = lambda: np.array([0, 1, 0], np.float32)
+    assert "was prepared with scorer colours" in refused(arguments)
 
 
-def test_no_truth_no_oracle(tmp_path, monkeypatch, capsys):
-    arguments = build(tmp_path, truth=False)
-    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device, dtype=None: ColourScorer())
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: ScriptedPolicy())
+def test_no_truth_no_oracle(world, tmp_path, capsys):
+    arguments, _ = world
+    (tmp_path / "raw" / "truth.jsonl").unlink()
     result = run_main(arguments)
     assert list(result["methods"]) == [name for name in ALL if name != "oracle"] and result["gap_closed"] is None
-    assert "no oracle row" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="oracle needs truth.jsonl"):
-        evaluate.main([*arguments, "--methods", "oracle"])
+    assert "truth_box" not in result and "kinds" not in result["methods"]["full"]
+    printed = capsys.readouterr().out
+    assert "no oracle row" in printed and "by kind" not in printed.replace("no table by kind", "")
+    assert "oracle needs truth.jsonl" in refused(arguments, "--methods", "oracle")
 
 
-def test_broken_truth_names_the_line(world, tmp_path):
-    arguments, _ = world
+@pytest.mark.parametrize("line", ["{cut", "[1]", '{"image": "q2.png", "box": [1, 2, 3], "kind": "x"}',
+                                  '{"image": "q0.png", "box": 7, "kind": "x"}',
+                                  '{"image": "q0.png", "box": [1, 2, 3, 4]}',
+                                  '{"image": "q0.png", "box": [1, 2, "a", 4], "kind": "x"}',
+                                  '{"image": "q0.png", "box": [5, 5, 5, 9], "kind": "x"}',
+                                  '{"image": "q0.png", "box": [0, 5, 5, 5], "kind": "x"}',
+                                  '{"image": "q0.png", "box": [0, 0, Infinity, 9], "kind": "x"}'])
+def test_damaged_truth_names_the_line(world, tmp_path, line):
     with open(tmp_path / "raw" / "truth.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"image": "q2.png", "box": [1, 2, 3]}\n')
-    with pytest.raises(SystemExit, match="truth.jsonl:4: needs image, kind"):
-        evaluate.main(arguments)
+        file.write(line + "\n")
+    assert "truth.jsonl:4: needs image, kind and a box" in refused(world[0])
 
 
-@pytest.mark.parametrize("wrong", [["--methods", "policy,magic"], ["--center-fraction", "0"], ["--batch-size", "0"],
-                                   ["--limit", "-1"]])
+def test_truth_of_an_image_that_two_queries_share(world):
+    data = load_data(world[0][1], "test")
+    data.queries = [data.queries[0], SimpleNamespace(image="q0.png"), SimpleNamespace(image="q9.png")]
+    assert evaluate.read_truth(data) == {i: {"image": "q0.png", "box": LEFT, "kind": "species"} for i in (0, 1)}
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--methods", "policy,magic"], ["--center-fraction", "0"], ["--center-fraction", "1.1"], ["--batch-size", "0"],
+    ["--limit", "-1"], ["--threshold", "1.1"], ["--run-file", "x"], ["--run-file", "a/b=c"], ["--run-file", "policy=c"],
+    ["--run-file", "truth=c"], ["--run-file", "a@b=c"], ["--run-file", "a=b", "--run-file", "a=c"]])
 def test_wrong_flags(wrong):
     with pytest.raises(SystemExit) as error:
         evaluate.parse_args(wrong)
     assert error.value.code == 2
 
 
-def test_metrics_come_last(world, monkeypatch):
-    """A run that dies while writing leaves no metrics.json, not even the one of the run before it."""
+def test_second_evaluation_of_a_folder_is_refused(world, tmp_path, monkeypatch):
+    """While the first decides, another asks for the same folder; the first goes on unharmed. A lock is of an open file
+    and not of a process, so one process can play both."""
+    arguments, loaded = world
+    act, messages = loaded.policy.act, []
+
+    def interrupted(*a, **settings):
+        messages.append(refused(arguments, "--methods", "full"))
+        evaluate.main([*arguments, "--methods", "full", "--out", str(tmp_path / "else")])  # another folder is free
+        return act(*a, **settings)
+
+    monkeypatch.setattr(loaded.policy, "act", interrupted)
+    assert run_main(arguments, "--methods", "policy")["queries"] == 4
+    assert len(messages) == 1 and "in use" in messages[0]
+    monkeypatch.setattr(loaded.policy, "act", act)
+    monkeypatch.setattr(loaded.policy, "dies_at", loaded.policy.batches + 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(arguments, "--methods", "policy")
+    run_main(arguments, "--methods", "policy")  # free again, also after a death
+
+
+# -------------------------------------------------------------------------------------- rankings by other programs
+
+def their_run(folder, ranked={"q0": [1, 0, 2, 3], "q1": [3, 1], "q3": [2, 9, 0]}):
+    """A TREC run from {query: pool entities, best first}; 9 is outside of every pool. Lines from last to first."""
+    path = folder / "their.trec"
+    path.write_text("".join(f"{query} Q0 https://w/entity%20{j} {rank} {9 - rank}.5 them\n"
+                            for query, js in ranked.items() for rank, j in reversed(list(enumerate(js, 1)))))
+    return path
+
+
+def test_run_file_by_hand(world, tmp_path, capsys):
+    """q0: red first, rank 1. q1: green, red, then the missing purple (positive), blue: rank 3. q2: not in the file, and
+    no positive anyway: 5. q3: blue (positive) first; entity 9 is passed over."""
+    arguments, _ = world
+    result = run_main(arguments, "--run-file", f"Their-1={their_run(tmp_path)}", "--methods", "full")
+    assert ranks(arguments, "Their-1") == [1, 3, 5, 1]
+    counts = {"file": "their.trec", "queries": 3, "queries_missing": 1, "candidates_missing": 2 + 2, "outside_pool": 1,
+              "queries_unknown": 0}
+    assert result["external"] == {"Their-1": counts}
+    row = rows_of(arguments, "Their-1")[1]
+    assert row["decision"] == "FULL" and row["margin"] is None and row["full_margin"] is not None
+    assert row["scores"] == [0, 3, 0, 4] and result["methods"]["Their-1"]["crop_rate"] == 0
+    assert row["seconds"] is None and row["kind"] == "landmark" and list(row) == FIELDS
+    assert ("Their-1: 3 queries from their.trec; not matched: queries missing 1, candidates missing 4, outside pool 1, "
+            "queries unknown 0") in capsys.readouterr().out
+
+
+def test_our_own_run_comes_back(world):
     arguments, _ = world
     run_main(arguments)
-    monkeypatch.setattr(evaluate, "contact_sheet", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        run_main(arguments)
-    with pytest.raises(FileNotFoundError):
-        open(f"{arguments[3]}/eval/metrics.json")
+    run_main(arguments, "--run-file", f"again={arguments[3]}/eval/test.always.trec", "--methods", "full")
+    assert ranks(arguments, "again") == ranks(arguments, "always")
+
+
+def test_ids_verbatim_or_quoted(tmp_path):
+    data = SimpleNamespace(queries=[Query("a b", "", "", []), Query("c", "", "", [])], pool=np.array([[0, 1], [1, 0]]))
+    path = tmp_path / "r"
+    path.write_text("a%20b Q0 u%20v 1 9 t\na%20b Q0 w 2 8 t\na%20b Q0 u%20v 3 7 t\nx Q0 w 1 9 t\nc Q0 é 1 9 t\n")
+    found, counts = evaluate.match_run(data, str(path), {0: "é", 1: "u v"})
+    assert found.tolist() == [[0, 2], [0, 2]]
+    assert counts == {"file": "r", "queries": 2, "queries_missing": 0, "candidates_missing": 2, "outside_pool": 1,
+                      "queries_unknown": 1}
+
+
+def test_run_files_that_are_none(world, tmp_path):
+    assert "their.trec" in refused(world[0], "--run-file", f"their={tmp_path}/their.trec")
+    (tmp_path / "their.trec").write_text("q0 Q0 e 1 .5\n")
+    assert "their.trec:1: expected `query Q0" in refused(world[0], "--run-file", f"their={tmp_path}/their.trec")
+    path = their_run(tmp_path, {"x7": [1]})
+    message = refused(world[0], "--run-file", f"their={path}")
+    assert "none of its 1 queries ('x7' ...)" in message and "ids are like 'q0'" in message
+
+
+# ------------------------------------------------------------------------------------------------- resuming, images
+
+def test_goes_on_after_a_kill(world, tmp_path):
+    arguments, loaded = world
+    whole = run_main(arguments, "--batch-size", "1")
+    rows = {name: without_seconds(rows_of(arguments, name)) for name in whole["methods"]}
+    policy, part = loaded.policy, tmp_path / "run" / "eval" / "test.actions.part"
+    policy.batches, policy.passes, policy.dies_at = 0, 0, 6  # two passes a batch: the third batch is cut short
+    with pytest.raises(KeyboardInterrupt):
+        run_main(arguments, "--batch-size", "1")
+    lines = part.read_text().splitlines()
+    assert len(lines) == 1 + 5
+    # The kill came in the middle of a line, and an earlier one was damaged on the disk: the learned pass of q0.
+    part.write_text("\n".join([*lines[:2], lines[2][:9], *lines[3:], '["learned fo']))
+    policy.dies_at = policy.batches + 3
+    with pytest.raises(KeyboardInterrupt):  # and another one, after both passes of q0
+        run_main(arguments, "--batch-size", "1")
+    policy.dies_at = None
+    again = run_main(arguments, "--batch-size", "1")
+    assert policy.passes == 5 + 2 + 4  # then q2 and q3 by both passes; q1 never again
+    assert again == whole and {name: without_seconds(rows_of(arguments, name)) for name in rows} == rows
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("change", ["adapter", "config", "--policy-dtype", "--decode", "--zeroshot-policy", "--policy"])
+def test_answers_of_another_model_are_not_taken(world, tmp_path, capsys, change):
+    arguments, loaded = world
+    more = {"--policy-dtype": "bfloat16", "--decode": "free", "--zeroshot-policy": "another", "--policy": "another"}
+    loaded.policy.dies_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_main(arguments, "--batch-size", "2", "--methods", "policy")
+    loaded.policy.dies_at = None
+    if change == "adapter":
+        (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"trained further")
+    if change == "config":
+        config = read_json(tmp_path / "run" / "config.json", "")
+        write_json(tmp_path / "run" / "config.json", {**config, "system_prompt": "another"})
+    run_main(arguments, "--batch-size", "2", "--methods", "policy", *((change, more[change]) if change in more else ()))
+    assert loaded.policy.passes == 2 + (0 if change == "--policy" else 4) and "begun anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["missing", "broken"])
+def test_unreadable_image_keeps_its_row(world, tmp_path, how, capsys):
+    arguments, loaded = world
+    run_main(arguments)
+    before = {name: without_seconds(rows_of(arguments, name)) for name in ("policy", "always", "center", "oracle")}
+    image = tmp_path / "raw" / "q0.png"
+    image.unlink() if how == "missing" else image.write_bytes(image.read_bytes()[:90])
+    capsys.readouterr()
+    assert run_main(arguments)["unreadable"] == {"count": 1, "first": ["q0"]}
+    printed = capsys.readouterr().out
+    assert "1 query images cannot be read and count as FULL: q0" in printed
+    assert "note: query q0 counts as FULL" in printed
+    full = rows_of(arguments, "full")[0]
+    for name, rows in before.items():
+        first, *others = without_seconds(rows_of(arguments, name))
+        assert first["unreadable"] and first["decision"] == "FULL" and first["box"] is None and first["encodes"] == 0
+        assert first["query_id"] == "q0" and first["scores"] == full["scores"]
+        assert others == rows[1:]  # nothing shifted
+    for i in range(1, 4):
+        (tmp_path / "raw" / f"q{i}.png").unlink()
+    assert "no query image of the split can be read" in refused(arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
@@ -343,13 +618,15 @@ def test_score_actions_against_the_plain_way(tmp_path):
     rng = np.random.default_rng(0)
 
     def draw():
-        x, y = np.sort(rng.integers(0, 65, (2, 2)), axis=1) + (0, 1)
+        x, y = np.sort(rng.integers(0, 64, (2, 2)), axis=1) + (0, 1)
         return [Action("FULL", None, None, ""), Action("MALFORMED", None, None, ""),
-                Action("REGION", (float(x[0]), float(y[0]), float(min(x[1], 65)), float(min(y[1], 65))), None, ""),
+                Action("REGION", (float(x[0]), float(y[0]), float(x[1]), float(y[1])), None, ""),
                 Action("REGION", LEFT, None, "")][rng.integers(4)]
 
     actions = {name: [draw() for _ in range(4)] for name in "abcdef"}
-    found = evaluate.score_actions(data, scorer, actions, batch_size=3)
+    found, seconds = evaluate.score_actions(data, scorer, actions, batch_size=3)
+    views = {(i, a.box) for listed in actions.values() for i, a in enumerate(listed) if a.decision == "REGION"}
+    assert seconds.keys() == views and scorer.encoded == len(views)
     for name, listed in actions.items():
         for i, action in enumerate(listed):
             view = data.full[i]
@@ -366,34 +643,34 @@ def test_oracle_takes_rank_then_margin():
                       [.9, .5, .1],   # rank 1 both, margin .1 -> .4: better
                       [.6, .5, .2],   # the same: the full image stays
                       [.9, .2, .1]])  # no positive: nothing can be better
-    actions = {"truth": [evaluate.region(LEFT)] * 5}
-    chosen, scores = evaluate.oracle_of(full, truth, actions, labels)
+    chosen, scores = evaluate.oracle_of(full, truth, [evaluate.region(LEFT)] * 5, labels)
     assert [a.decision for a in chosen] == ["REGION", "FULL", "REGION", "FULL", "FULL"]
     np.testing.assert_array_equal(scores, np.where([[True], [False], [True], [False], [False]], truth, full))
 
 
-def test_random_boxes_follow_the_policy_s_sizes():
-    shapes, sizes = [(.5, .25), (.1, .8)], [(200, 100), (64, 64)] * 100
-    boxes = evaluate.random_boxes(sizes, shapes, seed=0)
+def test_random_boxes_follow_the_policys_sizes():
+    sizes = [(200, 100), (64, 64)] * 100
+    actions = [evaluate.region((20.0, 0.0, 120.0, 25.0)), evaluate.region((0.0, 1.6, 6.4, 52.8))]
+    actions += [evaluate.FULL_IMAGE] * 198
+    boxes = evaluate.random_boxes(sizes, actions, seed=0)
     found = [((x2 - x1) / w, (y2 - y1) / h) for (x1, y1, x2, y2), (w, h) in zip(boxes, sizes)]
     # Only pairs that the policy made: (.5, .8), of a width and a height drawn apart, never comes.
-    assert {(round(a, 6), round(b, 6)) for a, b in found} == set(shapes)
+    assert {(round(a, 6), round(b, 6)) for a, b in found} == {(.5, .25), (.1, .8)}
     assert all(0 <= b[0] and 0 <= b[1] and b[2] <= w + 1e-9 and b[3] <= h + 1e-9 for b, (w, h) in zip(boxes, sizes))
-    assert np.std([b[0] for b in boxes]) > 10  # random places
-    assert evaluate.random_boxes(sizes[:7], shapes, seed=0) == boxes[:7]  # a query's box hangs on its row alone
-    assert evaluate.random_boxes(sizes, shapes, seed=1) != boxes
-
-
-def test_box_shapes_are_those_of_the_policy_s_crops():
-    actions = [evaluate.region(LEFT), evaluate.FULL_IMAGE, evaluate.region((10.0, 20.0, 30.0, 30.0))]
-    assert evaluate.box_shapes(actions, [(64, 64), (64, 64), (100, 50)]) == [(.5, 1.0), (.2, .2)]
+    wide = [box[0] for box, shape, size in zip(boxes, found, sizes) if size == (200, 100) and shape[0] > .3]
+    assert np.std(wide) > 20 and max(wide) > 80 and min(wide) < 20  # anywhere: left edges from 0 to 100
+    assert evaluate.random_boxes(sizes[:7], actions, seed=0) == boxes[:7]  # a query's box hangs on its row alone
+    assert evaluate.random_boxes([None, *sizes], [evaluate.FULL_IMAGE, *actions], seed=0)[0] is None
+    assert evaluate.random_boxes(sizes, actions, seed=1) != boxes
+    with pytest.raises(InputError, match="no readable box"):
+        evaluate.random_boxes(sizes, [evaluate.FULL_IMAGE] * 200, 0)
 
 
 def test_random_of_a_policy_that_never_crops(world, capsys):
     """A policy that has gone all-FULL still gets its row; the note says what was drawn from instead."""
     arguments, loaded = world
     loaded.policy.p_region = [.1] * 4
-    assert run_main(arguments, "--methods", "random,policy")["methods"]["random"]["crop_rate"] == 1
+    assert run_main(arguments, "--methods", "random")["methods"]["random"]["crop_rate"] == 1
     assert "the policy crops no query" in capsys.readouterr().out
 
 
@@ -405,35 +682,64 @@ def test_center_box():
 @pytest.mark.parametrize("a, b, value", [
     (LEFT, LEFT, 1), (LEFT, RIGHT, 0),                # sharing an edge only: exclusive on the right
     ((0, 0, 4, 4), (2, 0, 6, 4), 8 / (16 + 16 - 8)),  # 2 x 4 in common
-    ((0, 0, 4, 4), (1, 1, 2, 2), 1 / 16),
+    ((0, 0, 4, 4), (1, 1, 2, 2), 1 / 16), ((0, 0, 1, 1), (3, 3, 4, 4), 0),
 ])
 def test_iou(a, b, value):
     assert evaluate.iou(a, b) == pytest.approx(value)
 
 
-def test_greedy_threshold():
-    forced = [Action("REGION", LEFT, p, "") for p in (.2, .5, .51)]
-    assert [evaluate.greedy(action).decision for action in forced] == ["FULL", "FULL", "REGION"]
-    assert evaluate.greedy(forced[0]).p_region == .2 and evaluate.greedy(forced[0]).box is None
+def test_gap_closed_needs_a_gap(world, tmp_path):
+    """A true box that is worth nothing: the oracle is the full image, and there is no gap to close."""
+    arguments, _ = world
+    facts = [{"image": f"q{i}.png", "box": WHOLE, "kind": "x"} for i in range(4)]
+    (tmp_path / "raw" / "truth.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    assert run_main(arguments)["gap_closed"] is None
+    assert run_main(arguments, "--methods", "oracle")["gap_closed"] is None
 
 
-def test_gap_closed_needs_a_gap():
-    table = {name: {"CondR@1": value} for name, value in (("full", .4), ("policy", .7), ("oracle", .9))}
-    assert evaluate.gap_closed(table) == pytest.approx(.3 / .5)
-    assert evaluate.gap_closed({**table, "oracle": table["full"]}) is None
-    assert evaluate.gap_closed({"full": table["full"], "policy": table["policy"]}) is None
+def test_scores_in_rows_are_the_scores():
+    """What a row's file gives back is the float32 that was ranked, so no tie is made or broken on the way."""
+    found = np.random.default_rng(0).normal(size=(1, 4000)).astype(np.float32)
+    found[0, 1] = np.nextafter(found[0, 0], np.float32(9))  # the smallest difference there is
+    row = evaluate.ranked(np.eye(1, 4000), found, found)[0]
+    assert np.float32(json.loads(json.dumps(row["scores"]))).tolist() == found[0].tolist()
 
 
-def test_pick_shows_successes_and_failures():
-    crop, keep = evaluate.region(LEFT), evaluate.FULL_IMAGE
-    #           fixed (6)                        harmed (2)               stayed wrong (3)      right all along (4)
-    rank = np.array([1] * 6 + [2] * 2 + [4] * 3 + [1] * 4)
-    full = np.array([3] * 6 + [1] * 2 + [4] * 3 + [1] * 4)
-    actions = [crop] * 8 + [crop, keep, keep] + [keep] * 4
-    chosen = evaluate.pick(actions, rank, full, rank < 5, 8)
-    assert len(chosen) == len(set(chosen)) == 8
-    assert sum(i < 6 for i in chosen) == 4 and {6, 7} <= set(chosen) and sum(8 <= i < 11 for i in chosen) == 2
-    assert sorted(evaluate.pick(actions, rank, full, rank < 5, 40)) == list(range(15))  # no more than there are
+def test_curve_against_the_slow_way():
+    """Every point recomputed query by query, and its ends: all forced boxes, and none."""
+    rng = np.random.default_rng(3)
+    labels = np.zeros((60, 5), int)
+    labels[np.arange(50), rng.integers(0, 5, 50)] = 1  # ten queries without a positive
+    p = rng.random(60).round(2)
+
+    def make(values, decision):
+        return [{"decision": decision, "p_region": p[i], "scores": values[i].tolist(), "labels": labels[i].tolist()}
+                for i in range(60)]
+
+    full, always = make(rng.random((60, 5)), "FULL"), make(rng.random((60, 5)), "REGION")
+    always[7]["decision"] = "MALFORMED"  # nothing to crop to, whatever p says
+    points = evaluate.operating_curve(full, always)
+    assert len(points) > 30 and [point["threshold"] for point in points] == sorted(p["threshold"] for p in points)
+    for point in points:
+        chosen = [always[i] if p[i] > point["threshold"] and i != 7 else full[i] for i in range(60)]
+        means = summary(metrics([row["scores"] for row in chosen], labels))
+        assert point["MRR"] == pytest.approx(means["MRR"]) and point["CondR@1"] == pytest.approx(means["CondR@1"])
+        assert point["crop_rate"] == pytest.approx(sum(row["decision"] == "REGION" for row in chosen) / 60)
+    assert points[0]["crop_rate"] == 59 / 60 and points[-1]["crop_rate"] == 0
+    unknown = [{**row, "p_region": None} for row in always]
+    assert evaluate.operating_curve(full, unknown) is None
+
+
+def test_curve_in_metrics(world):
+    arguments, _ = world
+    result = run_main(arguments)
+    at_half = next(point for point in result["curve"]["policy"] if point["threshold"] == .5)
+    policy, oracle = result["methods"]["policy"], result["methods"]["oracle"]
+    assert at_half == {"threshold": .5, **{name: policy[name] for name in ("crop_rate", "MRR", "CondR@1")}}
+    assert result["curve"]["oracle"] == {name: oracle[name] for name in ("crop_rate", "MRR", "CondR@1")}
+    # The base model points left on every query: the two thresholds below its p of .2 crop all, those above none.
+    assert {point["crop_rate"] for point in result["curve"]["zeroshot"]} == {0, 1}
+    assert "policy" not in run_main(arguments, "--methods", "policy")["curve"]  # no forced boxes
 
 
 def test_one_forced_pass_equals_asking_freely(tmp_path):
@@ -446,7 +752,9 @@ def test_one_forced_pass_equals_asking_freely(tmp_path):
     images = [Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)) for _ in range(6)]
     data = SimpleNamespace(queries=[SimpleNamespace(question=f"What is this, {i}?") for i in range(6)],
                            open_image=lambda i: images[i])
-    found = evaluate.decode_actions(policy, data, ["zeroshot", "policy", "always"], batch_size=4)
+    args = SimpleNamespace(decode="grammar", batch_size=4, threshold=.5)
+    answers = evaluate.Answers(str(tmp_path / "part"), {})
+    found = evaluate.model_actions(policy, ["zeroshot", "policy", "always"], data, [(80, 60)] * 6, args, answers)
     plain = policy.act(images, [query.question for query in data.queries], batch_size=6)
     assert [a.decision for a in found["policy"]] == [a.decision for a in plain]
     assert [a.box for a in found["policy"]] == [a.box for a in plain]
