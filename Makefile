@@ -46,9 +46,9 @@ flags.resample := --balance resample
 flags.plain := --balance none --advantage group
 flags.free := --decode free
 # From a policy that practically never crops (p(REGION) = 3e-7): trained on rewards that pay for FULL alone.
-flags.shyforce = --init-adapter $(dir $(SHY))
-flags.shyresample = --init-adapter $(dir $(SHY)) --balance resample
-flags.shyplain = --init-adapter $(dir $(SHY)) --balance none --advantage group
+flags.shyforce = --init-adapter $(dir $(SHY))adapter
+flags.shyresample = --init-adapter $(dir $(SHY))adapter --balance resample
+flags.shyplain = --init-adapter $(dir $(SHY))adapter --balance none --advantage group
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -58,13 +58,13 @@ READY ?= $(VENV)/run.stamp
 
 RAW := $(if $(filter world,$(DATASET)),$(ROOT)/test.csv)
 POOLS := data/$(DATASET)/manifest.json
-TRAINED := runs/$(RUN)/adapter/adapter_model.safetensors
+TRAINED := runs/$(RUN)/finished
 TABLES := runs/$(RUN)/eval/metrics.json
 RETRIEVED := runs/$(RUN)/eval/retrieval/test.policy.jsonl
 
 ABLATIONS := runs/$(if $(filter-out world,$(DATASET)),$(DATASET)-)ablation
 ABLATED := $(foreach r,$(READINGS),$(SEEDS:%=$(ABLATIONS)/$(r)-seed%/eval/metrics.json))
-SHY := $(ABLATIONS)/shy/adapter/adapter_model.safetensors
+SHY := $(ABLATIONS)/shy/finished
 # What there is of them, in the order of READINGS; asked when the recipe runs.
 REPORT = $(PY) -m tools.report --run runs/$(RUN) --runs $(patsubst %/eval/metrics.json,%,$(wildcard $(ABLATED))) \
     --bench $(wildcard bench/*.json) $(REPORT_FLAGS)
