@@ -249,7 +249,7 @@ def build(tmp_path):
     write_array(data / "kb_entity.npy", np.repeat(np.arange(4, dtype=np.int32), 2))
     write_json(data / "manifest.json", {
         "version": 2, "dataset": "colours", "root": "../raw", "args": {}, "K": 3, "dim": 3,
-        "scorer": {"name": "colours", "dtype": "float32", "fingerprint": [.6, .8, 0]},
+        "scorer": {"name": "data's colours", "dtype": "float32", "fingerprint": [.6, .8, 0]},
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in data.iterdir()},
         "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 1}}})
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
@@ -294,7 +294,7 @@ def test_query_of_the_data(world, capsys, fakes):
     assert found["question"] == "What is this, 0" and found["decision"] == "REGION" and found["box"] == list(LEFT)
     assert [(row["name"], row["rank"], row["rank_before"]) for row in found["candidates"]] == [
         (ENTITIES[1], 1, 2), (ENTITIES[0], 2, 1), (ENTITIES[2], 3, 3)]
-    assert fakes.scorers == [("colours", "cpu", "float32")]
+    assert fakes.scorers == [("data's colours", "cpu", "float32")]
     assert fakes.policies == [("scripted", {"adapter": str(world / "run" / "adapter"), "device": "cpu", "dtype": None,
                                             "max_pixels": None, "system_prompt": "Crop or not?\n"})]
 
@@ -313,7 +313,8 @@ def test_models_as_they_were_trained(world, capsys, fakes):
     own = ["--image", world / "raw" / "q0.png", "--question", "What, 0", "--candidates", world / "raw"]
     run(world, capsys, *own)
     run(world, capsys, *own, "--data", world / "gone", "--scorer", "mine")
-    assert fakes.scorers[2:] == [("colours", "cpu", "float16"), ("colours", "cpu", None), ("mine", "cpu", "float32")]
+    assert fakes.scorers[2:] == [("data's colours", "cpu", "float16"), ("colours", "cpu", None),
+                                 ("mine", "cpu", "float32")]
 
 
 def test_table(world, capsys):
@@ -341,6 +342,7 @@ def test_own_image_is_retrieved_for(world, capsys):
     own = ["--image", world / "raw" / "q0.png", "--question", "0", "--json"]
     assert names_of(run(world, capsys, *own)) == [ENTITIES[1], ENTITIES[0], ENTITIES[2]]
     assert names_of(run(world, capsys, *own, "--k", "1")) == [ENTITIES[0]]
+    assert len(names_of(run(world, capsys, *own, "--k", "9"))) == 4  # all there are
 
 
 def test_folder_and_box_picture(world, capsys):
@@ -470,9 +472,10 @@ def test_batch_encodes_a_candidate_once(world, capsys, fakes, many):
 
 
 @pytest.mark.parametrize("cut", [lambda lines: lines[0] + b'{"id": "y", "line": 6, "error": "e"}\n' + lines[1][:40],
-                                 lambda lines: lines[0] + '{"id": "b1", "text": "é'.encode()[:-1]])
+                                 lambda lines: lines[0] + '{"id": "b1", "text": "é'.encode()[:-1],
+                                 lambda lines: lines[0][:-1]])
 def test_batch_goes_on_after_a_kill(world, capsys, fakes, many, cut):
-    """Killed in the middle of its second line, or of a letter there: what was whole stays, errors are tried again, and
+    """Killed in its second line, inside a letter there, or before a line's end: what was whole stays, errors are tried again, and
     the others are answered beside the same neighbours, so that they come out the same to the last bit."""
     run(world, capsys, *many)
     whole, asked = sorted(lines_of(world / "out.jsonl"), key=lambda line: line["line"]), list(fakes.policy.asked)
@@ -503,6 +506,14 @@ def test_batch_refuses_other_settings_and_other_files(world, capsys, fakes, many
     (world / "data" / "manifest.json").write_text((world / "data" / "manifest.json").read_text() + "\n")
     with pytest.raises(SystemExit, match="begun with another adapter weights, data files"):
         run(world, capsys, *many)
+
+
+def test_batch_without_its_data_is_no_fault_of_its_lines(world, capsys):
+    (world / "in.jsonl").write_text('{"id": "a", "image": "raw/q0.png", "question": "0"}')
+    (world / "data").rename(world / "gone")
+    with pytest.raises(SystemExit, match="manifest.json is missing"):
+        run(world, capsys, "--batch", world / "in.jsonl", "--out", world / "out.jsonl")
+    assert not (world / "out.jsonl").exists()
 
 
 def test_batch_of_a_whole_run(world, capsys, fakes):

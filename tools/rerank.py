@@ -359,8 +359,9 @@ class Models:
         elif job.row is not None:
             return self.of_kb(self.data.pool[job.row], self.data.pool_image[job.row])
         else:
-            entities = nearest_entities(self.data.kb_image, self.data.kb_entity, full[None], self.k,
-                                        self.scorer.device)[0][0]
+            data = self.data
+            k = min(self.k, len(data.kb_text))  # no more than there are
+            entities = nearest_entities(data.kb_image, data.kb_entity, full[None], k, self.scorer.device)[0][0]
         return self.of_kb(entities, [self.image_row(j, full) for j in entities])
 
     def of_files(self, candidates):
