@@ -475,8 +475,8 @@ def test_batch_encodes_a_candidate_once(world, capsys, fakes, many):
                                  lambda lines: lines[0] + '{"id": "b1", "text": "é'.encode()[:-1],
                                  lambda lines: lines[0][:-1]])
 def test_batch_goes_on_after_a_kill(world, capsys, fakes, many, cut):
-    """Killed in its second line, inside a letter there, or before a line's end: what was whole stays, errors are tried again, and
-    the others are answered beside the same neighbours, so that they come out the same to the last bit."""
+    """Killed in its second line, inside a letter there, or before a line's end: what was whole stays, errors are tried
+    again, and the others are answered beside the same neighbours, so that they come out the same to the last bit."""
     run(world, capsys, *many)
     whole, asked = sorted(lines_of(world / "out.jsonl"), key=lambda line: line["line"]), list(fakes.policy.asked)
     good = [line + b"\n" for line in (world / "out.jsonl").read_bytes().splitlines() if b'"error"' not in line]
