@@ -17,10 +17,10 @@ actions. Tables 6, 7 and 8 are made from the rows, without a policy: tools/resco
     oracle           the better of full image and true box, for data whose truth.jsonl names a true box
     NAME             a re-ranking that another program wrote: a TREC run (--run-file NAME=PATH)
 
-Letters: Q queries, K candidates of a pool, D the scorer's space. Boxes are in original-image pixels. Simplified: decoding
-is greedy, one action a query. With a grammar, REGION is forced on every query and the decision is read from
-p(REGION | x), which is exact either way: `policy` and `always` then cost one decoding pass together. So the seconds of a
-query that stays FULL are an upper bound: the box that nobody asked for is among them.
+Letters: Q queries, K candidates of a pool, D the scorer's space. Boxes are in original-image pixels. Simplified:
+decoding is greedy, one action a query. With a grammar, REGION is forced on every query and the decision is read from
+p(REGION | x), which is exact either way: `policy` and `always` then cost one decoding pass together. So the seconds of
+a query that stays FULL are an upper bound: the box that nobody asked for is among them.
 """
 
 import argparse
@@ -75,15 +75,14 @@ def parse_args(argv=None):
     add("--out", help="folder for everything that is written; default: eval/ in the run's folder")
     add("--split", default="test", help="split of the data: train, val or test")
     add("--limit", type=int, default=0, help="use the first N queries of the split; 0 = all of them")
-    add("--methods", type=lambda text: text.split(","), default=names,
+    add("--methods", type=lambda text: text.split(","),
         help=f"of {','.join(names)}, comma-separated; default: all, oracle where truth is known")
-    add("--zeroshot-policy", metavar="NAME", help="adds zeroshot2: this model, untrained, as Qwen/Qwen2.5-VL-7B-Instruct")
+    add("--zeroshot-policy", metavar="NAME", help="adds zeroshot2: this model, such as Qwen/Qwen2.5-VL-7B-Instruct")
     add("--run-file", action="append", default=[], metavar="NAME=PATH",
         help="adds a re-ranking by another program, a TREC run (see tools/runs.py); may be given several times")
     add("--center-fraction", type=float, default=0.5, help="side of the centre box as a share of the image's, above 0")
     add("--threshold", type=float, default=0.5, metavar="T",
-        help="the learned policy crops where p(REGION | x) > T; 0.5 is greedy decoding. Choose it on the curve of another "
-             "split. Grammar only")
+        help="the learned policy crops where p(REGION | x) > T; 0.5 is greedy; choose it on val's curve. Grammar only")
     add("--seed", type=int, default=0, help="of random boxes; nothing else draws")
     add("--policy", help="model id or folder of the policy; default: the one the run was trained from")
     add("--adapter", metavar="FOLDER", help="adapter to use; default: adapter/ in the run's folder")
@@ -103,7 +102,7 @@ def parse_args(argv=None):
     args.adapter = args.adapter or f"{args.run}/adapter"
     if not (0 < args.center_fraction <= 1 and 0 <= args.threshold <= 1 and args.batch_size >= 1 and args.limit >= 0):
         parser.error("--center-fraction is above 0 and at most 1, --threshold 0 to 1, --batch-size >= 1, --limit >= 0")
-    if unknown := sorted(set(args.methods) - set(names)):
+    if unknown := sorted(set(args.methods or ()) - set(names)):
         parser.error(f"--methods: unknown {', '.join(unknown)}; known are {', '.join(names)}")
     taken = {*METHODS, "truth"}
     for text in args.run_file:  # the name becomes part of a file name, where @ and + belong to the tools
@@ -124,9 +123,8 @@ def open_run(args, data, methods):
     weights, path = f"{args.adapter}/adapter_model.safetensors", f"{args.run}/config.json"
     needing = [name for name in methods if name in NEED_ADAPTER]
     if needing and not os.path.isfile(weights):
-        raise InputError(f"{weights} is missing, and {', '.join(needing)} need the trained policy: run `python train.py "
-                         f"--data {data.folder} --run {args.run}` (add --resume if it was cut short), or ask for "
-                         "--methods full,center,zeroshot")
+        raise InputError(f"{weights} is missing, and {', '.join(needing)} need the trained policy: run `python train.py"
+                         f" --data {data.folder} --run {args.run}`, or ask for --methods full,center,zeroshot")
     config = read_json(path, "put it back, or train with another --run") if os.path.isfile(path) else {}
     if config and not {"pools", "data", "policy", "args"} <= config.keys():
         raise InputError(f"{path} is not what train.py wrote: put it back, or train with another --run")
@@ -140,8 +138,7 @@ def open_run(args, data, methods):
 def read_truth(data):
     """True boxes of a split, {query row: {"box": 4 floats, "kind": str, ...}}; empty where the data has none.
 
-    This function is the only reader of truth.jsonl in the project: a policy, a stand-in or a training run that opened it
-    would learn the answers.
+    This is the only reader of truth.jsonl in the project: what else opened it would learn the answers.
     """
     path, rows, truth = os.path.join(data.root, "truth.jsonl"), {}, {}
     if not os.path.isfile(path):
@@ -179,7 +176,6 @@ def image_sizes(data):
             return data.open_image(i).size
         except (InputError, FileNotFoundError) as error:
             print(f"note: query {data.queries[i].query_id} counts as FULL: {error}")
-            return None
 
     with ThreadPoolExecutor(8) as threads:
         sizes = list(tqdm(threads.map(size, range(len(data))), "read", len(data), unit="image", disable=None))
@@ -191,33 +187,31 @@ def image_sizes(data):
 class Answers(dict):
     """Answers of models, {(pass, query row): JSON value}, also in a file as they come: a killed evaluation goes on.
 
-    The file's first line is the key. One with another key is begun anew: its answers came from other weights, pools or
-    ways of decoding.
+    The file's first line is the key. A file with another key is begun anew: its answers came from other weights, pools
+    or ways of decoding.
     """
 
     def __init__(self, path, key):
         super().__init__()
-        self.path, head = path, json.dumps(key, sort_keys=True)
+        head = json.dumps(key, sort_keys=True)
         lines = Path(path).read_text(encoding="utf-8").splitlines() if os.path.isfile(path) else []
         if lines and lines[0] != head:
             print(f"note: {path} is of another adapter, policy or way of decoding, and is begun anew")
-        for line in lines[1:] if lines[:1] == [head] else ():
+            lines = []
+        for line in lines[1:]:
             try:
                 name, row, value = json.loads(line)
-            except ValueError:  # the kill cut this line short; what it held is asked for again
-                break
-            self[name, row] = value
-        with replacing(path) as temporary:
-            Path(temporary).write_text(head + "\n", encoding="utf-8")
-            self.path = temporary
-            self.add(dict(self))
-        self.path = path
+                self[name, row] = value
+            except ValueError:  # a kill cut this line short: it is asked for again
+                pass
+        self.path, self.file = path, open(path, "a" if lines else "w", encoding="utf-8")
+        self.file.write("\n" if lines else head + "\n")  # what was cut short ends here
 
     def add(self, answers):
-        """On disk when this returns."""
+        """In the file when this returns."""
         self.update(answers)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps([*at, value]) + "\n" for at, value in answers.items())
+        self.file.writelines(json.dumps([*at, value]) + "\n" for at, value in answers.items())
+        self.file.flush()
 
 
 # ----------------------------------------------------------------------------------------- methods: query -> action
@@ -241,13 +235,10 @@ def all_actions(methods, data, sizes, truth, config, args, answers):
     if "center" in methods:
         actions["center"] = [region(size and center_box(size, args.center_fraction)) for size in sizes]
     if "random" in methods:
-        shapes = box_shapes(actions["policy"], sizes)
-        if not shapes:  # a policy that gave up cropping: its forced boxes are the nearest thing to its distribution
+        of = "policy" if any(action.box for action in actions["policy"]) else "always"
+        if of == "always":  # it gave up cropping: its forced boxes are the nearest thing to its distribution
             print("note: the policy crops no query, so `random` takes its shapes from the forced boxes of `always`")
-            shapes = box_shapes(actions["always"], sizes)
-        if not shapes:
-            raise InputError("the policy wrote no readable box at all, so `random` has no shapes to draw: leave it out")
-        actions["random"] = [region(box) for box in random_boxes(sizes, shapes, args.seed)]
+        actions["random"] = [region(box) for box in random_boxes(sizes, actions[of], args.seed)]
     if "oracle" in methods:
         actions["truth"] = [region(size and i in truth and truth[i]["box"]) for i, size in enumerate(sizes)]
     return actions
@@ -305,18 +296,16 @@ def center_box(size, fraction):
     return (w * (1 - fraction) / 2, h * (1 - fraction) / 2, w * (1 + fraction) / 2, h * (1 + fraction) / 2)
 
 
-def box_shapes(actions, sizes):
-    """(w, h) of every REGION action's box, as shares of its image's sides."""
-    return [((a.box[2] - a.box[0]) / size[0], (a.box[3] - a.box[1]) / size[1])
-            for a, size in zip(actions, sizes) if a.decision == "REGION"]
+def random_boxes(sizes, actions, seed):
+    """One box a query: its shape that of one of the actions' boxes, its place uniform among those where it fits.
 
-
-def random_boxes(sizes, shapes, seed):
-    """One box a query: its shape drawn from `shapes`, its place uniform among the places where it fits (Sec. 4.2).
-
-    sizes: [Q] (w, h), None gives None. shapes: (w, h) as shares of the image's sides. Drawing width and height together
-    keeps the policy's areas and its aspects; drawing the area alone would invent an aspect.
+    sizes: [Q] (w, h), None gives None. A shape is (w, h) as shares of the image's sides. Drawn together they keep the
+    policy's areas and its aspects (Sec. 4.2); drawing the area alone would invent an aspect.
     """
+    shapes = [((a.box[2] - a.box[0]) / size[0], (a.box[3] - a.box[1]) / size[1])
+              for a, size in zip(actions, sizes) if a.box]
+    if not shapes:
+        raise InputError("the policy wrote no readable box at all, so `random` has no shapes to draw: leave it out")
     boxes = [None] * len(sizes)
     for row, (width, height) in ((row, size) for row, size in enumerate(sizes) if size):
         rng = np.random.default_rng([seed, row])  # by row: --limit does not change the boxes that stay
@@ -374,24 +363,24 @@ def match_run(data, path, ids):
     that is in pool order; entities outside the pool are passed over; a query that the run lacks keeps the pool's order.
     Ids match verbatim or as trec_id writes them.
     """
-    ranked, used = read_trec(path), set()
-    found, counts = np.zeros(data.pool.shape, np.float32), {"queries_missing": 0, "candidates_missing": 0, "outside_pool": 0}
+    their, found, used = read_trec(path), np.zeros(data.pool.shape, np.float32), set()
+    counts = {"queries_missing": 0, "candidates_missing": 0, "outside_pool": 0}
     for i, query in enumerate(data.queries):
-        name = query.query_id if query.query_id in ranked else trec_id(query.query_id)
-        if name not in ranked:
+        name = query.query_id if query.query_id in their else trec_id(query.query_id)
+        if name not in their:
             counts["queries_missing"] += 1
             continue
         used.add(name)
         place = {spelt: at for at, j in enumerate(data.pool[i].tolist()) for spelt in (ids[j], trec_id(ids[j]))}
-        order = list(dict.fromkeys(place[entity] for entity in ranked[name] if entity in place))  # the first of repeats
+        order = list(dict.fromkeys(place[entity] for entity in their[name] if entity in place))  # the first of repeats
         counts["candidates_missing"] += found.shape[1] - len(order)
-        counts["outside_pool"] += len(set(ranked[name]) - place.keys())
+        counts["outside_pool"] += len(set(their[name]) - place.keys())
         found[i, order] = found.shape[1] - np.arange(len(order))
     if not used:
-        raise InputError(f"{path}: none of its {len(ranked)} queries ({next(iter(ranked), '-')!r} ...) is in the split, "
-                         f"whose ids are like {data.queries[0].query_id!r}")
+        raise InputError(f"{path}: none of its {len(their)} queries ({next(iter(their), '-')!r} ...) is in the split,"
+                         f" whose ids are like {data.queries[0].query_id!r}")
     return found, {"file": os.path.basename(path), "queries": len(used), **counts,
-                   "queries_unknown": len(ranked.keys() - used)}
+                   "queries_unknown": len(their.keys() - used)}
 
 
 # ---------------------------------------------------------------------------------------------------- scores -> rows
@@ -520,14 +509,14 @@ def tabulate(about, rows):
 
 def cells(values, width, style):
     """Numbers in columns; style "%" is in per cent with one digit, without the sign."""
-    return "".join("-".rjust(width) if v is None else f"{v * 100:{width}.1f}" if style == "%" else f"{v:>{width}{style}}"
+    return "".join(f"{'-' if v is None else f'{v * 100:.1f}' if style == '%' else format(v, style):>{width}}"
                    for v in values)
 
 
 def main_table(table):
     """Tables 1 and 2 beside each other, one row a method, and the paper's rows beneath."""
     lines = [f"{'':16}{'Table 1':^48} |{'Table 2':^28} |{'what it did':^26}",
-             f"{'method':16}{cells(COLUMNS[:6], 8, '')} |{cells(COLUMNS[6:], 9, '')}  |{'crop %':>8}{'bad text':>9}{'IoU':>7}"]
+             f"{'method':16}{cells(COLUMNS[:6], 8, '')} |{cells(COLUMNS[6:], 9, '')}  |  crop % bad text    IoU"]
     for name, row in table.items():
         v = [row[column] for column in COLUMNS]
         lines.append(f"{name:16}{cells(v[:2], 8, '.3f')}{cells(v[2:6], 8, '%')} |{cells(v[6:], 9, '.3f')}  |"
@@ -617,11 +606,13 @@ def open_all(args):
     if not len(data):
         raise InputError(f"{args.data}: split {args.split} has no queries; see its counts in manifest.json")
     truth = read_truth(data)
+    if not truth and "oracle" in (args.methods or ()):
+        raise InputError("method oracle needs truth.jsonl beside the raw data, and there is none: leave it out")
     if not truth:
         print("no truth.jsonl beside the raw data: no oracle row, no IoU, no table by kind")
     # The full image is always there: every other row is compared with it, query by query.
-    wanted = {"full", *args.methods, *(["zeroshot2"] if args.zeroshot_policy else [])} - (set() if truth else {"oracle"})
-    methods = [name for name in METHODS if name in wanted]
+    wanted = {"full", *(args.methods or METHODS[:5] + METHODS[6:]), *(["zeroshot2"] if args.zeroshot_policy else [])}
+    methods = [name for name in METHODS if name in wanted and (truth or name != "oracle")]
     config = open_run(args, data, methods)
     args.decode = args.decode or config.get("args", {}).get("decode", "grammar")
     args.policy_dtype = args.policy_dtype or config.get("args", {}).get("policy_dtype")
@@ -643,10 +634,10 @@ def evaluate(args):
              "seed": args.seed, "training_seed": config.get("args", {}).get("seed"),
              "models": {"policy": args.policy or config.get("policy"), "zeroshot2": args.zeroshot_policy},
              "external": {name: counts for name, (_, counts) in external.items()}}
-    # What an answer depends on; the run's config has its prompt and image size.
-    files = [path for path in (f"{args.adapter}/adapter_model.safetensors", f"{args.run}/config.json") if os.path.isfile(path)]
-    key = {"pools": data.identity, "files": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files],
-           **{name: about[name] for name in ("decode", "policy_dtype", "models")}}
+    key = {"pools": data.identity, "files": [], **{name: about[name] for name in ("decode", "policy_dtype", "models")}}
+    for path in (f"{args.adapter}/adapter_model.safetensors", f"{args.run}/config.json"):  # config: prompt, image size
+        if os.path.isfile(path):
+            key["files"].append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
     os.makedirs(args.out, exist_ok=True)
     with hold(args.out, "--out"):
         answers = Answers(f"{args.out}/{args.split}.actions.part", key)
@@ -658,10 +649,10 @@ def evaluate(args):
             actions["oracle"], found["oracle"] = oracle_of(found["full"], found["truth"], actions["truth"], labels)
         rows = {}
         for name in [*methods, *(["truth"] if "truth" in actions else [])]:
-            asked = [answers.get((PASSES[name][args.decode == "free"], i), [0])[-1] if name in PASSES else 0
-                     for i in range(len(data))]
-            # Loading images and searching the pool are not counted.
-            seconds = [s + view_seconds.get((i, action.box), 0) or None for i, (s, action) in enumerate(zip(asked, actions[name]))]
+            seconds = []  # loading images and searching the pool are not counted
+            for i, action in enumerate(actions[name]):
+                asked = answers.get((PASSES[name][args.decode == "free"], i), [0])[-1] if name in PASSES else 0
+                seconds.append(asked + view_seconds.get((i, action.box), 0) or None)
             rows[name] = make_rows(data, actions[name], found[name], found["full"], truth, sizes, seconds)
         for name, (places, _) in external.items():
             rows[name] = make_rows(data, actions["full"], places, found["full"], truth, sizes, places=True)

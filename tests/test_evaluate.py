@@ -118,8 +118,9 @@ def build(tmp_path, truth=True):
         rows = [{"image": f"q{i}.png", "box": box, "kind": kind} for i, (box, kind) in TRUTH.items()]
         (raw / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    write_json(run / "config.json", {"args": {"decode": "grammar", "seed": 5}, "data": "data/colours",
-                                     "scorer": "colours", "policy": "scripted", "pools": load_data(str(data), "test").identity})
+    pools = load_data(str(data), "test").identity
+    write_json(run / "config.json", {"args": {"decode": "grammar", "seed": 5}, "data": "data/colours", "pools": pools,
+                                     "policy": "scripted", "scorer": "colours"})
     return ["--data", str(data), "--run", str(run)]
 
 

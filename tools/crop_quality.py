@@ -124,7 +124,7 @@ def ask_judge(url, model, key, image, question, patience=(1, 5, 20)):
             if error.code < 500 and error.code not in (408, 429):  # a wrong key or model gets no better by waiting
                 break
         # Of the server: no connection (URLError is an OSError), an answer that breaks off, or one of another form.
-        except (OSError, http.client.HTTPException, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, http.client.HTTPException, LookupError, TypeError, AttributeError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
         if wait is not None:
             time.sleep(wait)
@@ -133,11 +133,12 @@ def ask_judge(url, model, key, image, question, patience=(1, 5, 20)):
 
 def judge_crops(data, actions, args, answers):
     """YES/NO by a judge for the policy's crops -> {query row: True, False, or None for neither}."""
-    rows, key = [i for i, action in enumerate(actions) if action.decision == "REGION"], os.environ.get(args.judge_key_env)
+    rows = [i for i, action in enumerate(actions) if action.decision == "REGION"]
     if args.judge_limit and len(rows) > args.judge_limit:  # evenly spaced: a split may be sorted
         rows = [rows[k * len(rows) // args.judge_limit] for k in range(args.judge_limit)]
     for i in tqdm([i for i in rows if ("judge", i) not in answers], desc="judge", unit="crop", disable=None):
-        answers.add({("judge", i): ask_judge(args.judge, args.judge_model, key, crop(data.open_image(i), actions[i].box),
+        view = crop(data.open_image(i), actions[i].box)
+        answers.add({("judge", i): ask_judge(args.judge, args.judge_model, os.environ.get(args.judge_key_env), view,
                                              data.queries[i].question)})
     return {i: answers["judge", i] for i in rows}
 

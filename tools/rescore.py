@@ -1,12 +1,12 @@
-"""Table 6, the same crops by another scorer; and a view that is crop and full image at once. From rows, without a policy.
+"""Table 6, the same crops by another scorer, and views that are crop and full image at once: from an evaluation's rows.
 
     python -m tools.rescore --run runs/world --scorer mini/scorer2      # Table 6
     python -m tools.rescore --run runs/world --fuse .5                  # policy+fuse: half full image, half crop
 
 The pools and the actions stay as evaluate.py wrote them, nothing is retrieved anew: only the scores change. --scorer
 encodes query images, crops, candidate images and texts again and writes <split>.<method>@<scorer>.jsonl for full,
-zeroshot and policy. --fuse W takes the data's own scorer and, where the policy crops, scores (1 - W) full + W crop, both
-of length 1; it encodes the crops again, nothing else, and writes <split>.policy+fuse.jsonl.
+zeroshot and policy. --fuse W takes the data's own scorer and, where the policy crops, scores (1 - W) full + W crop,
+both of length 1; it encodes the crops again, nothing else, and writes <split>.policy+fuse.jsonl. No policy is needed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def add_flags(parser):
     parser.add_argument("--run", default="runs/world", help="folder that train.py wrote and evaluate.py evaluated")
     parser.add_argument("--out", help="folder of the rows, for what is written too; default: eval/ in the run's folder")
     parser.add_argument("--split", default="test", help="split of the data: train, val or test")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step; memory, not results")
 
 
@@ -111,21 +111,21 @@ def rescore(data, scorer, rows, actions, batch_size):
     found, _ = score_actions(OtherPools(data, scorer, unreadable, batch_size), scorer, actions, batch_size)
     for listed in found.values():  # where nothing was seen, the pool's order stays
         listed[unreadable] = -np.arange(listed.shape[1])
-    return {name: [{**row, **fields} for row, fields in zip(rows[name], ranked(data.labels, found[name], found["full"]))]
-            for name in rows}
+    return {name: [{**row, **fields} for row, fields in zip(listed, ranked(data.labels, found[name], found["full"]))]
+            for name, listed in rows.items()}
 
 
 def fused(data, scorer, rows, actions, weight, batch_size):
     """Rows of policy+fuse: the policy's, each crop's feature mixed with the full image's as (1 - weight) full + weight
     crop."""
-    found = np.array([row["scores"] for row in rows["full"]], np.float32)  # [Q, K] FULL stays as it is
+    full = np.array([row["scores"] for row in rows["full"]], np.float32)  # [Q, K]
+    found = full.copy()  # what FULL shows
     crops = [(i, action.box) for i, action in enumerate(actions["policy"]) if action.decision == "REGION"]
     for start in tqdm(range(0, len(crops), batch_size), desc="fuse", unit="batch", disable=None):
         for (i, _), feature in encode_views(data, scorer, crops[start:start + batch_size])[0].items():
             # Of length 1 first: the weight is the share that the crop has.
             view = (1 - weight) * normalise(data.full[i]) + weight * normalise(feature)  # [D]
             found[i] = scores(view, data.candidates(i))
-    full = np.array([row["scores"] for row in rows["full"]])  # [Q, K]
     return [{**row, **fields} for row, fields in zip(rows["policy"], ranked(data.labels, found, full))]
 
 

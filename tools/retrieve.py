@@ -4,8 +4,8 @@
 
 From the rows that evaluate.py wrote, without a policy: the policy's crops are encoded by the data's own scorer, and the
 20 nearest entities by image features are searched exactly, as prepare.py does (App. C of the paper). Writes
-retrieval/<split>.full.jsonl and .policy.jsonl. Their scores are cosines with those entities, their labels say whether an
-entity is a right answer: these are rankings of the knowledge base and not of the pools.
+retrieval/<split>.full.jsonl and .policy.jsonl. Their scores are cosines with those entities, their labels say whether
+an entity is a right answer: these are rankings of the knowledge base and not of the pools.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def run(args):
         raise InputError(f"Table 8 needs the rows of the policy: run evaluate.py on {args.run} with the method policy")
     for i, query in enumerate(data.queries):
         if not query.positives:
-            raise InputError(f"{data.queries.path}:{i + 1}: query {query.query_id!r} names no positives, so recall over "
-                             "the whole knowledge base is not defined: prepare the data again")
+            raise InputError(f"{data.queries.path}:{i + 1}: query {query.query_id!r} names no positives, so recall over"
+                             " the whole knowledge base is not defined: prepare the data again")
     scorer = own_scorer(data, args.device)
     views = {"full": np.asarray(data.full, np.float32)}  # [Q, D]
     views["policy"] = views["full"].copy()

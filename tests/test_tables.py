@@ -1,0 +1,408 @@
+"""Tables 6, 7 and 8: tools/rescore.py, crop_quality.py and retrieve.py on the rows of a small evaluation.
+
+The four queries, their images and the scripted policy are those of test_evaluate.py: red left, blue right, pools of
+[purple, red, blue, green]; the policy says REGION left .9, FULL .1, REGION left .8, REGION left .6.
+"""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import LEFT, RIGHT, ColourScorer, build, rows_of, run_main, world  # noqa: F401
+
+import evaluate
+from scorer import InputError, hold, load_data, read_json, scores, write_array, write_json
+from tools import crop_quality, rescore, retrieve
+
+
+class RedBlind(ColourScorer):
+    """Sees no red at all, so purple is blue to it; texts weigh nothing."""
+    name, dim = "open:red/blind", 2
+
+    def image_features(self, images):
+        return super().image_features(images)[:, 1:] + np.float32(1)  # a red image would have no direction
+
+    def text_features(self, texts):
+        return np.zeros((len(texts), 2), np.float32)
+
+
+@pytest.fixture
+def rows(world, monkeypatch):  # noqa: F811
+    """(arguments, what was loaded) after an evaluation; the tools load the same fakes."""
+    arguments, loaded = world
+    run_main(arguments)
+    loaded.scorers = {"colours": loaded.scorer, "blind to red": RedBlind()}
+    monkeypatch.setattr(rescore, "load_scorer", lambda name, device, dtype=None: loaded.scorers[name])
+    loaded.scorer.encoded = 0
+    return arguments, loaded
+
+
+def refused(tool, arguments, *more):
+    with pytest.raises(SystemExit) as error:
+        tool.main([*arguments, *more])
+    assert str(error.value).startswith(tool.__name__)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- Table 6: the scorer
+
+def test_other_scorer_against_the_plain_way(rows, tmp_path, capsys):
+    arguments, _ = rows
+    rescore.main([*arguments, "--scorer", "blind to red", "--batch-size", "3"])
+    data, scorer = load_data(str(tmp_path / "data"), "test"), RedBlind()
+    colours = scorer.image_features([Image.open(tmp_path / "raw" / f"e{k}.png").convert("RGB") for k in range(4)])
+    for name in ("full", "zeroshot", "policy"):
+        again = rows_of(arguments, f"{name}@blind-to-red")
+        for i, (row, before) in enumerate(zip(again, rows_of(arguments, name), strict=True)):
+            assert list(row) == list(before)
+            for field in ("query_id", "decision", "box", "labels", "positives", "kind", "iou"):  # the actions stay
+                assert row[field] == before[field]
+            view = data.open_image(i)
+            view = view.crop([int(v) for v in row["box"]]) if row["box"] else view
+            assert row["scores"] == pytest.approx(scores(scorer.image_features([view])[0], colours), abs=1e-6)
+            assert row["full_rank"] == rows_of(arguments, "full@blind-to-red")[i]["rank"]
+    # q0's crop is red, which it cannot see: (1, 1) like the red candidate itself, rank 1; its full image is blue to it.
+    assert [row["rank"] for row in rows_of(arguments, "policy@blind-to-red")][0] == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{'Table 6':44}" + "".join(f"{c:>9}" for c in rescore.COLUMNS)
+    # By hand: the rows of evaluate.py rank 2, 1, 5, 3 and 1, 1, 5, 3.
+    assert lines[1].split() == ["full", "colours", "25.0", "75.0", "75.0", "0.333", "1.000", "1.000"]
+    assert lines[3].split() == ["policy", "colours", "50.0", "75.0", "75.0", "0.667", "1.000", "1.000"]
+    assert [line.split()[:2] for line in lines[4:7]] == [[name, "blind"] for name in ("full", "zeroshot", "policy")]
+
+
+def test_texts_and_missing_texts(rows, tmp_path, monkeypatch):
+    """A row of zeros in kb_text.npy marks an entity without text: the other scorer must not embed one either. Entity 2
+    has one, and its text weighs in the other scorer's sum (Eq. 3)."""
+    arguments, loaded = rows
+    texts = np.zeros((4, 3), np.float16)
+    texts[2] = 1
+    write_array(tmp_path / "data" / "kb_text.npy", texts)
+    asked = []
+
+    def text_features(self, given):
+        asked.append(given)
+        return np.full((len(given), 2), (300, 0), np.float32)
+
+    monkeypatch.setattr(RedBlind, "text_features", text_features)
+    rescore.main([*arguments, "--scorer", "blind to red"])
+    assert asked == [[""]]  # the text of entity 2 is empty in kb.jsonl, which only this test makes possible
+    # Full image: green 0, blue 127.5, both + 1. Candidate 2, blue: (0 + 1, 255 + 1) + (300, 0).
+    wanted = scores(np.array([1, 128.5]), np.array([[301, 256]]))[0]
+    assert rows_of(arguments, "full@blind-to-red")[0]["scores"][2] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_unreadable_query_keeps_the_pools_order(world, rows, tmp_path):  # noqa: F811
+    arguments, _ = rows
+    (tmp_path / "raw" / "q0.png").unlink()
+    run_main(arguments)
+    rescore.main([*arguments, "--scorer", "blind to red"])
+    found = rows_of(arguments, "policy@blind-to-red")
+    assert found[0]["rank"] == 2 and found[0]["unreadable"] and len(found) == 4  # red is second in the pool
+
+
+def test_fuse_by_hand(rows, capsys):
+    """q0: full (1, 0, 1)/sqrt 2 and red crop (1, 0, 0), a quarter crop: (.75 * .7071 + .25, 0, .75 * .7071) =
+    (.7803, 0, .5303) of length .9435; cosine with red .7803/.9435, with purple (.7803 + .5303)/(sqrt 2 * .9435)."""
+    arguments, loaded = rows
+    rescore.main([*arguments, "--fuse", ".25"])
+    q0, q1 = rows_of(arguments, "policy+fuse")[:2]
+    assert q0["scores"][1] == pytest.approx(.7803 / .9435, abs=1e-3)
+    assert q0["scores"][0] == pytest.approx((.7803 + .5303) / (2**.5 * .9435), abs=1e-3)
+    assert (q0["rank"], q0["full_rank"], q0["box"]) == (2, 2, list(LEFT))
+    assert q1["decision"] == "FULL" and q1["scores"] == rows_of(arguments, "full")[1]["scores"]
+    assert loaded.scorer.encoded == 3  # the crops; the full image is stored
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["full", "policy", "policy+fuse"]
+
+
+@pytest.mark.parametrize("weight, like", [("0", "full"), ("1", "policy")])
+def test_fuse_ends(rows, weight, like):
+    arguments, _ = rows
+    rescore.main([*arguments, "--fuse", weight, "--batch-size", "1"])
+    for fused, plain in zip(rows_of(arguments, "policy+fuse"), rows_of(arguments, like), strict=True):
+        assert fused["scores"] == pytest.approx(plain["scores"], abs=1e-6)
+        assert fused["rank"] == plain["rank"]
+
+
+@pytest.mark.parametrize("name, part", [("a/b@1", "a-b-1"), ("open_clip:ViT-B-32/openai", "open_clip-ViT-B-32-openai"),
+                                        ("../x y", "..-x-y")])
+def test_slug(name, part, tmp_path):
+    assert rescore.slug(name) == part
+    (tmp_path / "large model").mkdir()
+    assert rescore.slug(f"{tmp_path}/large model/") == "large-model"
+
+
+@pytest.mark.parametrize("tool, wrong", [
+    (rescore, []), (rescore, ["--fuse", "1.1"]), (rescore, ["--scorer", "a/b", "--scorer", "a:b"]),
+    (crop_quality, ["--proxy", "yolo=x"]), (crop_quality, ["--judge", "file:///etc/hosts"]),
+    (crop_quality, ["--judge-limit", "-1"])])
+def test_wrong_flags(tool, wrong):
+    with pytest.raises(SystemExit) as error:
+        tool.main(wrong)
+    assert error.value.code == 2
+
+
+TOOLS = [(rescore, ["--fuse", ".5"]), (crop_quality, []), (retrieve, [])]
+
+
+@pytest.mark.parametrize("tool, more", TOOLS)
+def test_rows_that_are_not_there_or_of_other_pools(rows, tmp_path, tool, more):
+    arguments, _ = rows
+    assert "an evaluation of split test: run `python evaluate.py" in refused(tool, arguments, *more, "--split", "val")
+    with hold(tmp_path / "run" / "eval", "--out"):
+        assert "in use by another process" in refused(tool, arguments, *more)
+    file = tmp_path / "run" / "eval" / "test.policy.jsonl"
+    whole = file.read_text()
+    file.write_text(whole.replace('"labels": [0, 1, 0, 0]', '"labels": [1, 0, 0, 0]'))
+    assert "test.policy.jsonl is of other pools than" in refused(tool, arguments, *more)
+    file.write_text(whole.replace("q3", "q4"))
+    assert "test.policy.jsonl is of other pools than" in refused(tool, arguments, *more)
+    run_main(arguments, "--methods", "full")  # the rows of policy are of an evaluation before
+    assert "run evaluate.py" in refused(tool, arguments, *more)
+    (tmp_path / "run" / "eval" / "metrics.json").unlink()
+    assert "metrics.json is missing: no evaluation has finished here" in refused(tool, arguments, *more)
+
+
+@pytest.mark.parametrize("tool, more", [(rescore, ["--scorer", "blind to red", "--fuse", ".5"]), *TOOLS[1:]])
+def test_first_queries_alone(rows, tool, more):
+    """Rows of evaluate.py --limit 2 are taken as they are."""
+    arguments, _ = rows
+    run_main(arguments, "--limit", "2")
+    tool.main([*arguments, *more])
+
+
+def test_candidate_image_that_is_gone(rows, tmp_path):
+    (tmp_path / "raw" / "e0.png").unlink()
+    assert "e0.png" in refused(rescore, rows[0], "--scorer", "blind to red")
+
+
+# ------------------------------------------------------------------------------------------------ Table 7: the regions
+
+def test_regions_against_true_boxes(rows, capsys):
+    """policy: q0 hits (IoU 1, contained), q3 looks left where the truth is right (0 and 0); q2 has no truth."""
+    arguments, _ = rows
+    crop_quality.main(arguments)
+    assert rows_of(arguments, "policy.quality") == [
+        {"query_id": "q0", "box": list(LEFT), "target": list(LEFT), "iou": 1, "containment": 1, "judge": None},
+        {"query_id": "q2", "box": list(LEFT), "target": None, "iou": None, "containment": None, "judge": None},
+        {"query_id": "q3", "box": list(LEFT), "target": list(RIGHT), "iou": 0, "containment": 0, "judge": None}]
+    assert capsys.readouterr().out.splitlines() == [
+        "Table 7            crops     IoU  containment   target: true boxes",
+        "always                 3    0.67         0.67", "policy                 2    0.50         0.50"]
+
+
+def test_no_targets_at_all(rows, tmp_path, capsys):
+    (tmp_path / "raw" / "truth.jsonl").unlink()
+    crop_quality.main(rows[0])
+    assert "no crop has a target" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("box, target, value", [
+    ((0, 0, 10, 10), (0, 0, 10, 10), 1), ((0, 0, 10, 10), (2, 3, 10.2, 8), 0), ((0, 0, 10, 10), (2, 3, 8, 10.2), 0),
+    ((.7, .2, 9.1, 9.9), (0, 0, 10, 10), 1),  # the crop takes whole pixels: 0, 0, 10, 10
+    ((1, 0, 10, 10), (0, 0, 10, 10), 0), ((0, 1, 10, 10), (0, 0, 10, 10), 0)])
+def test_contains(box, target, value):
+    assert crop_quality.contains(box, target) == value
+
+
+@pytest.mark.parametrize("question, word", [
+    ("Where does this beetle live?", "beetle"), ("What is the closest parent taxonomy of this bird-of-prey?",
+                                                 "bird-of-prey"),
+    ("Who designed the building?", "building"), ("THIS Moth eats what?", "moth"), ("What is it?", None), ("", None)])
+def test_keyword(question, word):
+    assert crop_quality.keyword(question) == word
+
+
+def test_proxy_targets(rows, tmp_path, monkeypatch, capsys):
+    """A detector instead of the truth: what it finds is the target; what it does not find is counted by reason. A
+    detector that dies is not asked again for what it found."""
+    arguments, _ = rows
+    asked = []
+
+    def detect(image, word):
+        asked.append((image.size, word))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return RIGHT if word == "beetle" else None
+
+    monkeypatch.setattr(crop_quality, "load_detector", lambda name, device: detect)
+    path = tmp_path / "data" / "test.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, question in zip(lines, ("Where does this beetle live?", "this", "What is it?", "What is this fly?")):
+        line["question"] = question
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = read_json(tmp_path / "data" / "manifest.json", "")
+    manifest["files"]["test.jsonl"]["bytes"] = path.stat().st_size
+    write_json(tmp_path / "data" / "manifest.json", manifest)
+    with pytest.raises(KeyboardInterrupt):
+        crop_quality.main([*arguments, "--proxy", "groundingdino=some/model"])
+    crop_quality.main([*arguments, "--proxy", "groundingdino=some/model"])
+    assert asked == [((64, 64), "beetle"), *[((64, 64), "fly")] * 2]  # q1 is not cropped; q2 names nothing
+    assert [(row["target"], row["iou"]) for row in rows_of(arguments, "policy.quality")] == [
+        (list(RIGHT), 0), (None, None), (None, None)]
+    printed = capsys.readouterr().out
+    assert "target: groundingdino=some/model" in printed and "policy                 1    0.00         0.00" in printed
+    assert "1 queries without a target: no keyword" in printed
+    assert "1 queries without a target: nothing detected" in printed
+    assert not (tmp_path / "run" / "eval" / "test.quality.part").exists()
+
+
+def tiny_detector(folder):
+    """A GroundingDINO of random weights with a nine-word tokenizer, as a local folder."""
+    from transformers import (BertConfig, BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection,
+                              GroundingDinoImageProcessor, GroundingDinoProcessor, SwinConfig)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "beetle", "animal"]
+    swin = SwinConfig(image_size=96, embed_dim=16, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
+                      out_features=["stage2", "stage3", "stage4"])
+    bert = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=16)
+    torch.manual_seed(0)
+    GroundingDinoForObjectDetection(GroundingDinoConfig(
+        backbone_config=swin.to_dict(), text_config=bert.to_dict(), d_model=32, num_queries=5, encoder_layers=1,
+        decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        max_text_len=16, disable_custom_kernels=True)).save_pretrained(folder)
+    GroundingDinoProcessor(GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}),
+                           BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})).save_pretrained(folder)
+    return str(folder)
+
+
+def test_detector_is_transformers_own(tmp_path):
+    """Through the Auto classes; against the model's raw outputs: its best query's (cx, cy, w, h), times the sides."""
+    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+    folder = tiny_detector(tmp_path / "detector")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    box = crop_quality.load_detector(folder, "cpu")(image, "beetle")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForZeroShotObjectDetection.from_pretrained(folder)
+    with torch.no_grad():
+        raw = model(**processor(images=image, text="beetle.", return_tensors="pt"))
+    best = raw.logits[0].sigmoid().max(-1).values.argmax()
+    cx, cy, w, h = raw.pred_boxes[0, best].tolist()
+    wanted = ((cx - w / 2) * 60, (cy - h / 2) * 40, (cx + w / 2) * 60, (cy + h / 2) * 40)
+    assert box == pytest.approx([min(max(0, v), side) for v, side in zip(wanted, (60, 40, 60, 40))], abs=1e-4)
+    with pytest.raises(InputError, match="groundingdino=.*nothing here"):
+        crop_quality.load_detector(str(tmp_path / "nothing here"), "cpu")
+
+
+@pytest.fixture
+def judge():
+    """A local server in the manner of OpenAI: says what .says holds, in turn; a number there is an HTTP error, "cut" an
+    answer that breaks off."""
+    seen = SimpleNamespace(says=[], requests=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.requests.append((self.path, self.headers.get("Authorization"), body))
+            say = seen.says[(len(seen.requests) - 1) % len(seen.says)]
+            answer = json.dumps({"choices": [{"message": {"content": say}}]}).encode()
+            answer = b"no such key" if isinstance(say, int) else answer
+            self.send_response(say if isinstance(say, int) else 200)
+            self.send_header("Content-Length", str(len(answer) + 10 * (say == "cut")))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    seen.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield seen
+    server.shutdown()
+    server.server_close()
+
+
+def test_judge(rows, judge, monkeypatch, capsys):
+    arguments, _ = rows
+    judge.says = ["**YES**", "No.", "Perhaps"]
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    crop_quality.main([*arguments, "--judge", judge.url, "--judge-model", "m", "--judge-key-env", "JUDGE_KEY"])
+    assert [row["judge"] for row in rows_of(arguments, "policy.quality")] == [True, False, None]
+    assert [row["judge"] for row in rows_of(arguments, "always.quality")] == [None] * 4  # only the policy's are asked
+    assert "judge m: YES for 0.33 of 3 crops of the policy, 1 answers neither" in capsys.readouterr().out
+    path, key, body = judge.requests[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "m"
+    text, picture = body["messages"][0]["content"]
+    assert "What is this, 0" in text["text"]
+    head, data = picture["image_url"]["url"].split(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as crop:  # the left half alone, and it is red
+        assert crop.size == (32, 64) and crop.getpixel((16, 32))[0] > 240 and crop.getpixel((16, 32))[2] < 15
+
+
+@pytest.mark.parametrize("says, asked, result", [
+    ([503, 429, "yes"], 3, True), (["cut", "no"], 2, False), (["YES and no"], 1, None), ([None], 1, None),
+    ([401], 1, "401.*no such key"),  # a wrong key gets no better by waiting
+    ([500], 3, "500"), ([[{"type": "text", "text": "YES"}]], 3, "judge")])  # an answer in parts is another interface
+def test_judge_that_is_busy_or_refuses(judge, says, asked, result):
+    judge.says = says
+    arguments = (judge.url + "/chat/completions/", "m", "", Image.new("RGB", (8, 8)), "?", (0, 0))
+    if isinstance(result, str):
+        with pytest.raises(InputError, match=result):
+            crop_quality.ask_judge(*arguments)
+    else:
+        assert crop_quality.ask_judge(*arguments) is result
+    assert len(judge.requests) == asked
+    assert judge.requests[0][:2] == ("/v1/chat/completions", None)  # no key, no header
+
+
+def test_judge_is_asked_evenly_and_once(rows, judge, monkeypatch):
+    arguments, _ = rows
+    judge.says = ["yes", 401]  # the second of q0, q2, q3 is refused ...
+    assert "401" in refused(crop_quality, arguments, "--judge", judge.url)
+    judge.says = ["no"]  # ... and the next run goes on from there
+    crop_quality.main([*arguments, "--judge", judge.url])
+    assert [row["judge"] for row in rows_of(arguments, "policy.quality")] == [True, False, False]
+    assert len(judge.requests) == 4
+    judge.requests.clear()
+    crop_quality.main([*arguments, "--judge", judge.url, "--judge-limit", "2"])
+    texts = [body["messages"][0]["content"][0]["text"] for _, _, body in judge.requests]
+    assert ["this, 0" in texts[0], "this, 2" in texts[1]] == [True, True] and len(texts) == 2
+    assert [row["judge"] for row in rows_of(arguments, "policy.quality")] == [False, False, None]
+    # Verdicts of other boxes, another judge or another model are not taken.
+    judge.says = ["yes", 401]
+    assert "401" in refused(crop_quality, arguments, "--judge", judge.url)
+    judge.says = ["no"]
+    crop_quality.main([*arguments, "--judge", judge.url, "--judge-model", "another"])
+    assert [row["judge"] for row in rows_of(arguments, "policy.quality")] == [False] * 3
+
+
+# ------------------------------------------------------------------------------------------- Table 8: retrieving again
+
+def test_retrieval_by_hand(rows, capsys):
+    """With the whole knowledge base as pool and image features alone, retrieval ranks as the pools do: q0 2 -> 1, q1
+    stays 1, q3 stays 3; q2's entity is not in the knowledge base at all."""
+    arguments, loaded = rows
+    retrieve.main([*arguments, "--batch-size", "2"])
+    assert loaded.scorer.encoded == 3  # the crops alone
+    found = rows_of(arguments, "policy", "eval/retrieval")
+    assert [row["rank"] for row in found] == [1, 1, 5, 3] and [row["full_rank"] for row in found] == [2, 1, 5, 3]
+    assert [row["decision"] for row in found] == ["REGION", "FULL", "REGION", "REGION"]
+    full = rows_of(arguments, "full", "eval/retrieval")
+    assert [row["rank"] for row in full] == [2, 1, 5, 3] and {row["decision"] for row in full} == {"FULL"}
+    assert found[0]["labels"] == [1, 0, 0, 0] and found[0]["positives"] == ["https://w/entity 1"]
+    assert found[0]["scores"] == pytest.approx([1, 2**-.5, 0, 0], abs=1e-3)  # red, purple, then blue and green
+    assert list(found[0]) == ["query_id", "positives", "decision", "labels", "scores", "rank", "full_rank"]
+    assert capsys.readouterr().out.splitlines() == ["Table 8              R@1     R@5    R@10    R@20",
+                                                    "full                25.0    75.0    75.0    75.0",
+                                                    "policy              50.0    75.0    75.0    75.0"]
+
+
+def test_retrieval_needs_positives_and_the_datas_scorer(rows, tmp_path, monkeypatch):
+    arguments, loaded = rows
+    monkeypatch.setattr(evaluate, "load_data", None)  # a tool asks for nothing of a policy's
+    loaded.scorer.fingerprint = lambda: np.array([0, 1, 0], np.float32)
+    assert "was prepared with scorer colours" in refused(retrieve, arguments)
+    path = tmp_path / "data" / "test.jsonl"
+    text = path.read_text().replace('["https://w/entity 0"]', "[" + " " * 20 + "]")  # of the same length
+    path.write_text(text)
+    assert "test.jsonl:2: query 'q1' names no positives" in refused(retrieve, arguments)
