@@ -548,16 +548,18 @@ class Policy:
                 p, q = region[draft.query], full[draft.query]
                 draft.p_region, draft.fed = math.exp(p) if p < q else -math.expm1(q), len(tail)
         at = [draft.query for draft in drafts]  # the row of each draft: at first that of its query
-        while drafts:
-            picks = pick(log_probs[at], [draft.draw() for draft in drafts]).tolist()                    # [R]
+        log_probs = log_probs[at]                                                                       # [R, C]
+        while True:
+            picks = pick(log_probs, [draft.draw() for draft in drafts]).tolist()                        # [R]
             tokens = [draft.given[0] if draft.given else columns[c] for draft, c in zip(drafts, picks)]
-            values = log_probs[at, [columns.index(token) for token in tokens]].tolist()
+            values = log_probs[range(len(tokens)), [columns.index(token) for token in tokens]].tolist()
             for draft, token, value in zip(drafts, tokens, values):
                 draft.choose(token, value)
-            keep = [i for i, draft in enumerate(drafts) if draft.allowed != ()]
-            drafts, index, at = [drafts[i] for i in keep], [at[i] for i in keep], list(range(len(keep)))
-            if not drafts:
+            going = [(row, draft) for row, draft in zip(at, drafts) if draft.allowed != ()]
+            if not going:
                 return
+            index, drafts = map(list, zip(*going))
+            at = list(range(len(drafts)))
             if index != list(range(len(rows.hidden))):
                 rows.select(index)
             # Template text between two choices goes in with the choice before it: no step of its own.
@@ -663,21 +665,20 @@ class Policy:
         choice's distribution, detached). `temperature` must be that of the rollout. Dropout only after `train()`.
         """
         flat = [(b, c, one) for b, group in enumerate(completions) for c, one in enumerate(group)]      # M entries
-        at = [(m, t) for m, (_, _, one) in enumerate(flat) for t, free in enumerate(one.free) if free]  # P entries
-        if not at:
-            raise ValueError("log_probs needs at least one completion with a choice in it")
         # The last choice is predicted, never fed: a completion's part in the tree ends before it.
         trees = [Tree([one.ids for one in group], [max(np.flatnonzero(one.free), default=0) for one in group])
                  for group in completions]
+        choices = [(m, t, b, len(prompts[b].ids) + trees[b].paths[c][t], one.ids[t], one.allowed[t])
+                   for m, (b, c, one) in enumerate(flat) for t, free in enumerate(one.free) if free]    # P entries
+        if not choices:
+            raise ValueError("log_probs needs at least one completion with a choice in it")
+        ms, ts, rows, slots, tokens, allowed = map(list, zip(*choices))
         hidden = self._forward(prompts, trees)                                                          # [B, L, D]
-        rows = [flat[m][0] for m, _ in at]
-        slots = [len(prompts[b].ids) + trees[b].paths[c][t] for (b, c, _), t in ((flat[m], t) for m, t in at)]
-        tokens, allowed = [flat[m][2].ids[t] for m, t in at], [flat[m][2].allowed[t] for m, t in at]
         logp, entropy = self._score(hidden[rows, slots], tokens, allowed, temperature)                  # [P], [P]
         # From the list of choices to the table of tokens.
-        index = tuple(torch.tensor(at, device=logp.device).T)                                           # m [P], t [P]
         table = logp.new_zeros(len(flat), max(len(one.ids) for _, _, one in flat))                      # [M, T]
-        decision = torch.tensor([flat[m][2].decision_index == t for m, t in at], device=logp.device)    # [P]
+        index = (torch.tensor(ms, device=logp.device), torch.tensor(ts, device=logp.device))            # m [P], t [P]
+        decision = torch.tensor([flat[m][2].decision_index == t for m, t in zip(ms, ts)], device=logp.device)   # [P]
         return {"logp": table.index_put(index, logp), "entropy": table.index_put(index, entropy),
                 "mask": table.bool().index_put(index, torch.ones_like(decision)),
                 "decision": table.bool().index_put(index, decision)}

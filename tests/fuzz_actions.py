@@ -9,6 +9,7 @@ test_fuzz.py uses the same reader with texts that hypothesis makes up.
 
 import importlib
 import math
+import re
 import sys
 
 RESIZED, ORIGINAL = (224, 140), (331, 207)  # (width, height): no factor is 1, none are equal
@@ -26,127 +27,67 @@ class NotJson(Exception):
     pass
 
 
+TOKEN = re.compile(r"""[ \t\n\r]*(?:
+    (?P<mark>[][{}:,]) | (?P<word>true|false|null|NaN|-?Infinity) |
+    (?P<string>"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*") |
+    (?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?))""", re.VERBOSE)
+WORDS = {"null": None, "true": True, "false": False, "NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+LETTERS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+
 class Slow:
-    """A JSON reader, a character at a time: what Python's own accepts (NaN and Infinity; of equal keys the last)."""
+    """A JSON reader, a token at a time: what Python's own accepts (NaN and Infinity; of equal keys the last)."""
 
     def __init__(self, text):
         self.text, self.at = text, 0
 
-    def peek(self):
-        return self.text[self.at:self.at + 1]
-
-    def skip(self):
-        while self.peek() and self.peek() in SPACE:
-            self.at += 1
-
-    def take(self, word):
-        if not self.text.startswith(word, self.at):
+    def token(self):
+        """(kind, text) of the next one, which is taken."""
+        found = TOKEN.match(self.text, self.at)
+        if found is None:
             raise NotJson
-        self.at += len(word)
+        self.at = found.end()
+        return found.lastgroup, found[found.lastgroup]
 
     def document(self):
-        value = self.value(0)
-        if self.at < len(self.text):
+        value = self.value(*self.token(), 0)
+        if self.text[self.at:].strip(SPACE):
             raise NotJson
         return value
 
-    def value(self, depth):
-        """One value and the white space around it."""
+    def value(self, kind, text, depth):
         if depth > 200:  # as deep as that nothing is an answer, whichever reader gives up first
             raise NotJson
-        self.skip()
-        kind = self.peek()
-        if kind == "{":
-            found = dict(self.entries(depth, "}", pairs=True))
-        elif kind == "[":
-            found = list(self.entries(depth, "]", pairs=False))
-        elif kind == '"':
-            found = self.string()
-        else:
-            found = self.word()
-        self.skip()
-        return found
+        if kind == "number":
+            return float(text)
+        if kind == "word":
+            return WORDS[text]
+        if kind == "string":
+            return re.sub(r"\\(?:u(.{4})|(.))", lambda found: chr(int(found[1], 16)) if found[1] else
+                          LETTERS.get(found[2], found[2]), text[1:-1])
+        if text == "[":
+            return self.entries("]", lambda kind, text: self.value(kind, text, depth + 1))
+        if text == "{":
+            return dict(self.entries("}", lambda kind, text: self.pair(kind, text, depth + 1)))
+        raise NotJson
 
-    def entries(self, depth, end, pairs):
-        self.at += 1
-        self.skip()
-        if self.peek() == end:
-            self.at += 1
-            return
-        while True:
-            if pairs:
-                self.skip()
-                key = self.string()
-                self.skip()
-                self.take(":")
-                yield key, self.value(depth + 1)
-            else:
-                yield self.value(depth + 1)
-            if self.peek() == end:
-                self.at += 1
-                return
-            self.take(",")
+    def pair(self, kind, text, depth):
+        if kind != "string" or self.token()[1] != ":":
+            raise NotJson
+        return self.value(kind, text, depth), self.value(*self.token(), depth)
 
-    def string(self):
-        self.take('"')
-        letters = []
+    def entries(self, end, read):
+        found, token = [], self.token()
+        if token == ("mark", end):
+            return found
         while True:
-            letter = self.peek()
-            if not letter or letter < " ":
+            found.append(read(*token))
+            mark = self.token()
+            if mark == ("mark", end):
+                return found
+            if mark != ("mark", ","):
                 raise NotJson
-            self.at += 1
-            if letter == '"':
-                return "".join(letters)
-            if letter == "\\":
-                escape = self.peek()
-                self.at += 1
-                digits = self.text[self.at:self.at + 4]
-                if escape == "u":
-                    if len(digits) < 4 or any(digit not in "0123456789abcdefABCDEF" for digit in digits):
-                        raise NotJson
-                    self.at += 4
-                elif not escape or escape not in '"\\/bfnrt':
-                    raise NotJson
-                letter = "?"  # no key or name that matters has an escape in it ... unless it spells one
-                if escape == "u":
-                    letter = chr(int(digits, 16))
-                elif escape in '"\\/':
-                    letter = escape
-            letters.append(letter)
-
-    def word(self):
-        for word, value in (("null", None), ("true", True), ("false", False), ("NaN", math.nan),
-                            ("Infinity", math.inf), ("-Infinity", -math.inf)):
-            if self.text.startswith(word, self.at):
-                self.at += len(word)
-                return value
-        return self.number()
-
-    def digits(self):
-        start = self.at
-        while self.peek() and self.peek() in "0123456789":
-            self.at += 1
-        return self.text[start:self.at]
-
-    def number(self):
-        start = self.at
-        if self.peek() == "-":
-            self.at += 1
-        whole = self.digits()
-        if not whole:
-            raise NotJson
-        if whole[0] == "0" and len(whole) > 1:
-            raise NotJson
-        for mark in (".", "eE"):
-            before = self.at
-            if self.peek() and self.peek() in mark:
-                self.at += 1
-                if mark == "eE" and self.peek() and self.peek() in "+-":
-                    self.at += 1
-                if not self.digits():
-                    self.at = before  # what follows the number is then no part of a document
-                    break
-        return float(self.text[start:self.at])
+            token = self.token()
 
 
 def read_slowly(text):

@@ -22,7 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 import policy as policy_module
 import tiny_policy
 from policy import (
-    FULL_TEXT, REGION_TEXT, Action, Draft, Grammar, Tree, WindowAttention, adapter_base, load_policy, next_digits, parse,
+    FULL_TEXT, REGION_TEXT, Action, Draft, Grammar, WindowAttention, adapter_base, load_policy, next_digits, parse,
     to_original,
 )
 from tools import merge
@@ -69,8 +69,7 @@ def with_lora(policy, seed=0, **settings):
     return policy
 
 
-# ---- oracles ---------------------------------------------------------------------------------------------------------
-
+# ---- oracles
 
 def plain_logits(model, prompt, ids):
     """Logits [len(ids) + 1, V] after the prompt's last token and after each of `ids`: one plain forward of one row."""
@@ -106,50 +105,39 @@ def plain_score(policy, prompts, completions, temperature=1.0):
     return torch.stack(values)
 
 
-def allowed_numbers(size, numbers):
-    """All legal next numbers as strings: 0 <= x1 < w, x1 < x2 <= w, y alike."""
-    side = size[len(numbers) % 2]
-    return [str(n) for n in (range(side) if len(numbers) < 2 else range(numbers[-2] + 1, side + 1))]
-
-
 def naive_grammar_rollout(policy, prompt, plan, seed, n):
     """One rollout with a full forward for each token; what is allowed is found by listing all legal numbers.
-    -> ids, free, allowed."""
-    grammar, draws = policy.grammar, iter(np.random.default_rng([seed, n]).random(64))
-    ids, free, choices = list(grammar.prefix), [False] * len(grammar.prefix), [None] * len(grammar.prefix)
+    -> (id, what it was chosen among or None) of each token."""
+    grammar, draws = policy.grammar, iter(np.random.default_rng([*seed, n]).random(64))
+    written = [(token, None) for token in grammar.prefix]
 
-    def write(tokens, options=None):
-        ids.extend(tokens)
-        free.extend([options is not None] * len(tokens))
-        choices.extend([options and set(options)] * len(tokens))
-
-    def choose(options):
+    def choose(options, forced=None):
         options = sorted(options)
-        p = plain_logits(policy.model, prompt, ids)[-1][options].double().softmax(-1).cumsum(-1)
-        return options[int((p < next(draws)).sum())]
+        logits = plain_logits(policy.model, prompt, [token for token, _ in written])[-1]
+        drawn = options[int((logits[options].double().softmax(-1).cumsum(-1) < next(draws)).sum())]
+        written.append((drawn if forced is None else forced, set(options)))
+        return written[-1][0]
 
-    pair = [grammar.full, grammar.region]
-    token = choose(pair)
-    token = {None: token, "FULL": grammar.full, "REGION": grammar.region}[plan]
-    write([token], pair)
-    if token == grammar.full:
-        write(grammar.full_tail)
-        return ids, free, choices
-    write(grammar.spans[0])
+    if choose([grammar.full, grammar.region], plan and grammar.decisions[plan]) == grammar.full:
+        return written + [(token, None) for token in grammar.full_tail]
+    written += [(token, None) for token in grammar.spans[0]]
     numbers = []
-    for span in grammar.spans[1:]:
-        typed, legal = "", allowed_numbers(prompt.resized_size, numbers)
+    for place, span in enumerate(grammar.spans[1:]):
+        side = prompt.resized_size[place % 2]           # 0 <= x1 < w, x1 < x2 <= w, y alike
+        legal = [str(n) for n in (range(side) if place < 2 else range(numbers[place - 2] + 1, side + 1))]
+        typed = ""
         while True:
             nexts = {s[len(typed):len(typed) + 1] for s in legal if s.startswith(typed)}          # "" = the end
             tokens = {span[0] if c == "" else grammar.digits[int(c)]: c for c in nexts}
-            token = choose(tokens) if len(tokens) > 1 else next(iter(tokens))
-            write([token], tokens if len(tokens) > 1 else None)
-            if tokens[token] == "":
+            if len(tokens) == 1:
+                written.append((*tokens, None))
+            c = tokens[choose(tokens) if len(tokens) > 1 else next(iter(tokens))]
+            if c == "":
                 break
-            typed += tokens[token]
+            typed += c
         numbers.append(int(typed))
-        write(span[1:])
-    return ids, free, choices
+        written += [(token, None) for token in span[1:]]
+    return written
 
 
 def complete(policy, prompt, box):
@@ -175,18 +163,23 @@ def logged(out, groups):
     return torch.tensor(rows)
 
 
-def spied(monkeypatch, owner, name):
-    """A list that each call of owner.name leaves its first argument's length in."""
+def spied(monkeypatch, owner, name, see):
+    """A list that each call of owner.name leaves see(arguments) in."""
     seen, whole = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda first, *rest, **more: (seen.append(len(first)), whole(first, *rest, **more))[1])
+    monkeypatch.setattr(owner, name, lambda *rest, **more: (seen.append(see(*rest, **more)), whole(*rest, **more))[1])
     return seen
 
 
-# ---- answers and frames ----------------------------------------------------------------------------------------------
+def fed(monkeypatch, policy):
+    """A list of (rows, tokens a row) that each pass of the language model leaves its own in."""
+    return spied(monkeypatch, policy.language_model, "forward", lambda input_ids=None, inputs_embeds=None, **_: tuple(
+        (inputs_embeds if input_ids is None else input_ids).shape[:2]))
 
 
-def call(arguments, name="image_zoom_in_tool"):
-    return f'{{"Decision": "REGION", "Tool": <tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>}}'
+# ---- answers and frames
+
+def call(arguments):
+    return REGION_TEXT.replace('{"bbox_2d": [%d, %d, %d, %d]}', arguments)
 
 
 # The model saw 112 x 56 pixels of a 224 x 56 image: x doubles, y stays.
@@ -200,25 +193,19 @@ READ = [
     (FULL_TEXT, None), ('\n{"Decision":"FULL"} ', None), ('{"Decision": "FULL", "Tool": null}', None),
     ('{"Decision": "FULL", "Tool": ""}', None),
 ]
+BOXES = (  # as bbox_2d: wrong kinds, wrong numbers, no area
+    '"1, 2, 3, 4"', "null", "[1, 2, 3]", "[1, 2, 3, 4, 5]", "[[1, 2, 3, 4]]", '[1, 2, 3, "4"]', "[0, 0, true, true]",
+    '{"0": 1}', '[1, 2, 3, 4, "5"]', '{"1": 1, "2": 2, "3": 3, "4": 4}', "[NaN, 2, 3, 4]", "[1, 2, Infinity, 4]",
+    "[1, 2, 1e999, 4]", "[-Infinity, 2, 3, 4]", f"[1, 2, 3{'0' * 400}, 4]", f"[1, 2, 3{'0' * 5000}, 4]", "[" * 100000,
+    "[30, 2, 10, 4]", "[10, 2, 10, 4]", "[1, 40, 3, 20]", "[1, 4, 3, 4]", "[112, 2, 130, 4]", "[-9, 2, 0, 4]")
+ONE = call('{"bbox_2d": [1, 2, 3, 4]}')
 MALFORMED = [
     "", " ", "FULL", "{}", "null", '{"Decision": "MAYBE"}', '{"Decision": FULL}', '{"decision": "FULL"}',
-    'Sure! {"Decision": "FULL"}', '{"Decision": "FULL"} because', '{"Decision": "FULL"',
-    call('{"bbox_2d": [1, 2, 3, 4]}').replace("REGION", "FULL"),                # FULL with a tool call
+    'Sure! {"Decision": "FULL"}', '{"Decision": "FULL"} because', '{"Decision": "FULL"', ONE.replace("REGION", "FULL"),
     '{"Decision": "REGION"}', '{"Decision": "REGION", "Tool": null}', '{"Decision": "REGION", "Tool": [1, 2, 3, 4]}',
-    call('{"bbox_2d": [1, 2, 3, 4]}', name="zoom"), call("[1, 2, 3, 4]"), call("{}"), call("null"),
-    call('{"bbox_2d": [1, 2, 3, 4], "label": 7}'), call('{"bbox_2d": "1, 2, 3, 4"}'), call('{"bbox_2d": null}'),
-    call('{"bbox_2d": [1, 2, 3]}'), call('{"bbox_2d": [1, 2, 3, 4, 5]}'), call('{"bbox_2d": [[1, 2, 3, 4]]}'),
-    call('{"bbox_2d": [1, 2, 3, "4"]}'), call('{"bbox_2d": [0, 0, true, true]}'), call('{"bbox_2d": {"0": 1}}'),
-    call('{"bbox_2d": [1, 2, 3, 4, "5"]}'), call('{"bbox_2d": {"1": 1, "2": 2, "3": 3, "4": 4}}'),
-    call('{"bbox_2d": [NaN, 2, 3, 4]}'), call('{"bbox_2d": [1, 2, Infinity, 4]}'),
-    call('{"bbox_2d": [1, 2, 1e999, 4]}'), call('{"bbox_2d": [-Infinity, 2, 3, 4]}'),
-    call('{"bbox_2d": [1, 2, 3%s, 4]}' % ("0" * 400)), call('{"bbox_2d": [1, 2, 3%s, 4]}' % ("0" * 5000)),
-    call('{"bbox_2d": ' + "[" * 100000),
-    call('{"bbox_2d": [30, 2, 10, 4]}'), call('{"bbox_2d": [10, 2, 10, 4]}'), call('{"bbox_2d": [1, 40, 3, 20]}'),
-    call('{"bbox_2d": [1, 4, 3, 4]}'), call('{"bbox_2d": [112, 2, 130, 4]}'), call('{"bbox_2d": [-9, 2, 0, 4]}'),
-    call('{"bbox_2d": [1, 2, 3, 4]}').replace("</tool_call>", ""), REGION_TEXT % (1, 2, 3, 4) + "}",
-    call('{"bbox_2d": [1, 2, 3, 4]}').replace('"name"', '"tool"'), '<tool_call>{"bbox_2d": [1,2,3,4]}</tool_call>',
-]
+    ONE.replace("image_zoom_in_tool", "zoom"), call("[1, 2, 3, 4]"), call("{}"), call("null"), ONE + "}",
+    call('{"bbox_2d": [1, 2, 3, 4], "label": 7}'), ONE.replace("</tool_call>", ""), ONE.replace('"name"', '"tool"'),
+    '<tool_call>{"bbox_2d": [1,2,3,4]}</tool_call>', *(call('{"bbox_2d": %s}' % box) for box in BOXES)]
 
 
 @pytest.mark.parametrize("text, box", READ)
@@ -237,24 +224,17 @@ def test_parse_malformed(text):
 def test_frame_mapping_round_trip(policy, size):
     prompt = policy.prompts([Image.new("RGB", size)], ["?"])[0]
     assert prompt.original_size == size and all(side % 28 == 0 for side in prompt.resized_size)
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        x1, x2 = sorted(rng.choice(prompt.resized_size[0] + 1, 2, replace=False).tolist())
-        y1, y2 = sorted(rng.choice(prompt.resized_size[1] + 1, 2, replace=False).tolist())
-        box = parse(REGION_TEXT % (x1, y1, x2, y2), prompt.resized_size, size).box
+    scale = np.tile(np.divide(size, prompt.resized_size), 2)
+    for whole in np.random.default_rng(1).integers(0, np.tile(prompt.resized_size, 2) + 1, (50, 4)):
+        box = to_original(whole.tolist(), prompt.resized_size, size)
+        assert np.divide(box, scale) == pytest.approx(whole, abs=1e-6)
         # Whole original pixels -> resized -> original: at most half a pixel of each grid is lost.
-        back = [x * prompt.resized_size[i % 2] / size[i % 2] for i, x in enumerate(box)]
-        assert back == pytest.approx((x1, y1, x2, y2), abs=1e-6)
-        whole = [round(x) for x in box]
-        resized = [round(x * prompt.resized_size[i % 2] / size[i % 2]) for i, x in enumerate(whole)]
-        again = to_original(resized, prompt.resized_size, size)
-        scale = [max(1, size[i % 2] / prompt.resized_size[i % 2]) for i in range(4)]
-        assert all(abs(a - b) <= s for a, b, s in zip(again, whole, scale))
+        again = to_original(np.round(np.round(box) / scale), prompt.resized_size, size)
+        assert (abs(again - np.round(box)) <= np.maximum(1, scale)).all()
     assert parse(REGION_TEXT % (0, 0, *prompt.resized_size), prompt.resized_size, size).box == (0, 0, *size)
 
 
-# ---- grammar ---------------------------------------------------------------------------------------------------------
-
+# ---- grammar
 
 def test_next_digits_against_listing_all_numbers():
     for low, high in [(0, 0), (0, 9), (0, 10), (3, 3), (5, 28), (0, 223), (99, 101), (198, 1003), (1000, 1000)]:
@@ -262,9 +242,6 @@ def test_next_digits_against_listing_all_numbers():
         for typed in {""} | {n[:k] for n in numbers for k in range(1, 5)}:
             expected = sorted({int(n[len(typed)]) for n in numbers if n.startswith(typed) and len(n) > len(typed)})
             assert next_digits(low, high, typed) == expected, (low, high, typed)
-
-
-def test_doctests():
     found = doctest.testmod(policy_module)
     assert found.attempted == 2 and found.failed == 0
 
@@ -313,27 +290,27 @@ def test_p_region_is_the_brute_force_softmax_whatever_is_forced(policy, prompts,
 
 
 def test_p_region_tells_the_surest_queries_apart(policy, prompts, monkeypatch):
-    sure = torch.tensor([[-17.0, -4e-8], [-18.0, -1.5e-8], [-1.0, -.4587], [-4e-8, -17.0]])
-    monkeypatch.setattr(policy, "choice_log_probs", lambda *_: (sure, sorted((policy.grammar.full, policy.grammar.region))))
-    if policy.grammar.full > policy.grammar.region:
-        sure = sure.flip(1)
+    pair = [policy.grammar.full, policy.grammar.region]
+    sure = torch.tensor([[-17.0, -4e-8], [-18.0, -1.5e-8], [-1.0, -.4587], [-4e-8, -17.0]])     # of FULL, of REGION
+    monkeypatch.setattr(policy, "choice_log_probs", lambda *_: (sure, pair))
     p = [c.action.p_region for c, in policy.rollout(prompts, [["FULL"]] * 4, sample=False)]
     assert p == [-math.expm1(-17.0), -math.expm1(-18.0), -math.expm1(-1.0), math.exp(-17.0)] and p[0] < p[1] < 1
 
 
-# ---- rollouts --------------------------------------------------------------------------------------------------------
-
+# ---- rollouts
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_rollout_equals_the_naive_loop_without_cache(policy, prompts, lora):
     if lora:
         with_lora(policy)
-    groups = policy.rollout(prompts, [PLAN] * 4, seeds=[11, 12, 13, 14])
+    groups = policy.rollout(prompts, [PLAN] * 4, seeds=[(11, b) for b in range(4)])
     with torch.no_grad():
         for b, group in enumerate(groups):
             for n, c in enumerate(group):
-                ids, free, allowed = naive_grammar_rollout(policy, prompts[b], PLAN[n], 11 + b, n)
-                assert (c.ids, c.free, [some and set(some) for some in c.allowed]) == (ids, free, allowed)
+                naive = naive_grammar_rollout(policy, prompts[b], PLAN[n], (11, b), n)
+                assert list(zip(c.ids, [some and set(some) for some in c.allowed])) == naive
+                assert c.free == [some is not None for some in c.allowed]
+                assert (c.decision_index, c.forced_decision) == (len(policy.grammar.prefix), PLAN[n] is not None)
                 assert policy.processor.tokenizer.decode(c.ids[:-1]) == c.action.text
                 assert c.action.decision == "FULL" or 0 <= c.action.box[0] < c.action.box[2] <= SIZES[b][0]
     assert {c.action.decision for group in groups for c in group} == {"FULL", "REGION"}
@@ -352,6 +329,7 @@ def test_free_rollout_equals_the_naive_loop_without_cache(policy, prompts):
                     ids.append(int((cdf < next(draws)).sum()))
                 assert c.ids == ids and set(c.allowed) == {None}
                 assert c.free == [i >= len(given) - 1 for i in range(len(ids))]
+                assert (c.decision_index, c.forced_decision) == ((len(given) - 1, True) if given else (None, False))
 
 
 def test_greedy_free_decoding_equals_generate(policy, prompts):
@@ -359,20 +337,9 @@ def test_greedy_free_decoding_equals_generate(policy, prompts):
     for prompt, (one,) in zip(prompts, found):
         theirs = policy.model.generate(
             input_ids=prompt.ids[None], mm_token_type_ids=prompt.mm_token_type_ids[None],
-            attention_mask=torch.ones_like(prompt.ids[None]), pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.grid_thw[None], do_sample=False, max_new_tokens=12, eos_token_id=list(policy.end_tokens))
+            attention_mask=torch.ones_like(prompt.ids[None]), pixel_values=prompt.pixel_values, do_sample=False,
+            image_grid_thw=prompt.grid_thw[None], max_new_tokens=12, eos_token_id=list(policy.end_tokens))
         assert theirs[0, len(prompt.ids):].tolist() == one.ids
-
-
-@pytest.mark.parametrize("decode", ["grammar", "free"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampling_time_log_probs_equal_rescored_and_plain_ones(policy, prompts, decode, temperature):
-    groups = policy.rollout(prompts, [PLAN] * 4, decode, temperature, seeds=[1, 2, 3, 4], max_new_tokens=20)
-    with torch.no_grad():
-        out = policy.log_probs(prompts, groups, temperature)
-        plain = plain_score(policy, prompts, groups, temperature)
-    torch.testing.assert_close(out["logp"], logged(out, groups), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decode", ["grammar", "free"])
@@ -389,36 +356,6 @@ def test_batch_composition_and_group_size_do_not_matter(policy, prompts, images,
         answers = [policy.act(images, QUESTIONS, decode, sample, batch_size=n, force="REGION") for n in (1, 3, 16)]
         texts = [[action.text for action in actions] for actions in answers]
         assert texts[0] == texts[1] == texts[2]
-
-
-def test_seeds_decide_everything(policy, prompts):
-    def sample(seed):
-        return lists(policy.rollout(prompts[:1], [["REGION"] * 6], seeds=[seed]))
-    torch.manual_seed(0)
-    first = sample(7)
-    torch.manual_seed(99)                               # the global generator plays no part
-    assert sample(7) == first != sample(8)
-    assert sample((7, 3)) != first                      # (step, query) seeds
-    assert len({tuple(ids) for ids, *_ in first[0]}) > 1    # the rollouts of one query differ
-
-
-@pytest.mark.parametrize("decode", ["grammar", "free"])
-def test_forced_decisions_are_choices_with_their_log_probability(policy, prompts, decode):
-    grammar, at = policy.grammar, len(policy.grammar.prefix)
-    groups = policy.rollout(prompts, [["FULL", "REGION", None]] * 4, decode, seeds=[0] * 4, max_new_tokens=9)
-    natural = policy.rollout(prompts, [[None] * 3] * 4, decode, seeds=[0] * 4, max_new_tokens=9)
-    for b, (full, region, own) in enumerate(groups):
-        assert full.ids[:at] == region.ids[:at] == grammar.prefix
-        assert (full.ids[at], region.ids[at]) == (grammar.full, grammar.region)
-        assert full.decision_index == region.decision_index == at
-        assert (full.forced_decision, region.forced_decision, own.forced_decision) == (True, True, False)
-        assert full.free[:at + 1] == [False] * at + [True] and full.log_probs[at] < 0
-        assert lists([[own]]) == lists([natural[b][2:]])
-        if decode == "grammar":
-            assert math.exp(full.log_probs[at]) + math.exp(region.log_probs[at]) == pytest.approx(1)
-            assert full.free[at + 1:] == [False] * 2 and full.action.decision == "FULL"
-            # The box does not depend on how the decision came about: same stream, same draws.
-            assert natural[b][1].ids in (region.ids, full.ids)
 
 
 def test_masks_and_entropy(policy, prompts):
@@ -452,8 +389,8 @@ def test_free_decoding_reads_what_was_written(policy, prompts, monkeypatch, text
     if '"Decision"' not in text:
         assert c.decision_index is None
     else:                                               # the first token in which a letter of the decision stands
-        start = text.index("FULL" if decision == "FULL" else "REGION")
-        assert len(tokenizer.decode(ids[:c.decision_index])) <= start < len(tokenizer.decode(ids[:c.decision_index + 1]))
+        start, decode = text.index("FULL" if decision == "FULL" else "REGION"), tokenizer.decode
+        assert len(decode(ids[:c.decision_index])) <= start < len(decode(ids[:c.decision_index + 1]))
 
 
 def test_free_answers_end_at_the_policys_limit_and_garbage_is_malformed(policy, images, prompts, monkeypatch):
@@ -464,8 +401,8 @@ def test_free_answers_end_at_the_policys_limit_and_garbage_is_malformed(policy, 
         assert {len(c.ids) for group in groups for c in group} == {limit}
     actions = policy.act(images, QUESTIONS, decode="free")
     assert [(a.decision, a.box, a.p_region) for a in actions] == [("MALFORMED", None, None)] * 4
-    texts = [policy.processor.tokenizer.decode(c.ids) for c, in policy.rollout(prompts, [[None]] * 4, "free", sample=False)]
-    assert [a.text for a in actions] == texts
+    groups = policy.rollout(prompts, [[None]] * 4, "free", sample=False)
+    assert [a.text for a in actions] == [policy.processor.tokenizer.decode(c.ids) for c, in groups]
 
 
 def test_bad_plans_and_weights(policy, prompts):
@@ -482,8 +419,7 @@ def test_bad_plans_and_weights(policy, prompts):
             policy.rollout(prompts, [[None]] * 4, sample=sample, seeds=[1] * 4)
 
 
-# ---- what all prompts begin with, kept ---------------------------------------------------------------------------------
-
+# ---- what all prompts begin with, kept
 
 def answers(policy, prompts, decode="grammar"):
     groups = policy.rollout(prompts, [PLAN] * len(prompts), decode, sample=False, max_new_tokens=12)
@@ -505,22 +441,19 @@ def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, atte
         policy.processor.chat_template = QUESTION_FIRST
     prompts = with_lora(policy).prompts(images, QUESTIONS)
     plain = answers(policy, prompts, decode)
-    seen, whole = [], policy.language_model.forward
-    monkeypatch.setattr(policy.language_model, "forward", lambda *rest, **more: (
-        seen.append(more.get("input_ids", more.get("inputs_embeds")).shape[:2]), whole(*rest, **more))[1])
+    seen = fed(monkeypatch, policy)
     policy.keep_prefix = True
-    first, fed = answers(policy, prompts, decode), list(seen)
-    # The system's turn is read for one row, the rest for all.
+    first, passes = answers(policy, prompts, decode), list(seen)
+    # The system's turn is read for one row, the rest for all; and it is not read again.
     before, starts = len(policy.opening), policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert before == np.flatnonzero(prompts[0].ids == starts)[1]
     tail = len(policy.grammar.trunk) if decode == "grammar" else 0
-    assert fed[:2] == [(1, before), (4, max(len(prompt.ids) for prompt in prompts) - before + tail)]
+    assert passes[:2] == [(1, before), (4, max(len(prompt.ids) for prompt in prompts) - before + tail)]
     seen.clear()
     again = [answers(policy, part, decode) for part in (prompts[:1], prompts[1:])]
-    assert (1, before) not in seen  # not read again
-    assert first[0] == plain[0] == again[0][0] + again[1][0]
-    if decode == "grammar":
-        assert first[1] == pytest.approx(plain[1], abs=1e-6) and again[0][1] + again[1][1] == pytest.approx(plain[1], abs=1e-6)
+    assert (1, before) not in seen
+    for ids, p in (first, [a + b for a, b in zip(*again)]):
+        assert ids == plain[0] and (decode == "free" or p == pytest.approx(plain[1], abs=1e-6))
     # Prompts of another system prompt are no rows of this prefix.
     other = load_policy(folder, system_prompt="Something else entirely, and longer?")
     mixed = [*other.prompts(images[:1], QUESTIONS[:1]), *prompts[:1]]
@@ -529,38 +462,35 @@ def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, atte
 
 
 def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
-    """Each of these changes what the prefix looks like inside: afterwards the answers are those of a new policy."""
+    """Each of these changes what the prefix looks like inside: afterwards the answers are those without keeping it."""
     policy = with_lora(load_policy(folder, system_prompt="Crop or not?"), 1)
-    prompts = policy.prompts(images, QUESTIONS)
+    prompts, layer = policy.prompts(images, QUESTIONS), next(iter(policy.layers.values()))
     policy.save_adapter(tmp_path)
-    with_lora(policy, 2)
 
     def right():
         found = []
         for policy.keep_prefix in (False, True):
             found.append(answers(policy, prompts)[1])
         assert found[0] == pytest.approx(found[1], abs=1e-6)
-        return found[1]
+        seen.append(found[1])
 
-    seen = [right()]
-    with policy.adapter(False):
-        seen.append(right())
-    assert right() == seen[0]
-    policy.load_adapter(tmp_path)
-    seen.append(right())
-    layer = next(iter(policy.layers.values()))
-    layer.lora_A = torch.nn.Parameter(layer.lora_A.detach() + 0.1)
-    seen.append(right())
-    for i, step in enumerate((torch.optim.SGD, functools.partial(torch.optim.AdamW, fused=True))):
-        seen.append(right())
-        policy.train()
+    def step(kind):
         groups = policy.rollout(prompts, [["REGION"]] * len(prompts), sample=False)
-        policy.log_probs(prompts, groups)["logp"].sum().backward()
-        step(policy.lora_parameters(), lr=0.1).step()
+        policy.train().log_probs(prompts, groups)["logp"].sum().backward()
+        kind(policy.lora_parameters(), lr=0.1).step()
         policy.eval()
-        seen.append(right())
-    assert seen[3] == seen.pop(4) and seen[4] == seen.pop(5)    # nothing happened between these
-    assert all(a != b for a, b in itertools.combinations(seen, 2))
+
+    seen = []
+    right()
+    with policy.adapter(False):
+        right()
+    for change in (lambda: with_lora(policy, 2), lambda: policy.load_adapter(tmp_path), lambda: step(torch.optim.SGD),
+                   lambda: step(functools.partial(torch.optim.AdamW, fused=True)),
+                   lambda: setattr(layer, "lora_A", torch.nn.Parameter(layer.lora_A.detach() + 0.1)),
+                   lambda: layer.base.weight.add_(0.1)):
+        change()
+        right()
+    assert seen.pop(3) == seen[0] and all(a != b for a, b in itertools.combinations(seen, 2))
     with torch.inference_mode():  # tensors made here count no changes
         policy = load_policy(folder)
         policy.add_lora(4, 8)
@@ -568,8 +498,7 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
         assert len(policy.act(images, QUESTIONS)) == 4
 
 
-# ---- packed log-probs and gradients ----------------------------------------------------------------------------------
-
+# ---- packed log-probs and gradients
 
 def gradients(policy, loss):
     policy.model.zero_grad()
@@ -577,14 +506,16 @@ def gradients(policy, loss):
     return [parameter.grad.clone() for parameter in policy.lora_parameters()]
 
 
-@pytest.mark.parametrize("decode, limit", [("grammar", 9), ("free", 9), ("free", 1)])
+@pytest.mark.parametrize("decode, limit, temperature", [
+    ("grammar", 9, 1.0), ("grammar", 9, 0.7), ("free", 9, 0.7), ("free", 1, 1.0)])
 @pytest.mark.parametrize("targets, attention", [("all", "sdpa"), ("language", "eager")])
-def test_packed_equals_repeated_with_gradients(folder, images, decode, limit, targets, attention):
+def test_packed_equals_sampled_and_repeated(folder, images, decode, limit, temperature, targets, attention):
     policy = with_lora(load_policy(folder, system_prompt="Crop or not?", attention=attention), targets=targets)
     prompts = policy.prompts(images, QUESTIONS)
     plans = [PLAN, PLAN[:2], PLAN[2:], ["REGION"]]                              # groups of different size
-    groups = policy.rollout(prompts, plans, decode, seeds=[1, 2, 3, 4], max_new_tokens=limit)
-    out, plain = policy.log_probs(prompts, groups), plain_score(policy, prompts, groups)
+    groups = policy.rollout(prompts, plans, decode, temperature, seeds=[1, 2, 3, 4], max_new_tokens=limit)
+    out, plain = policy.log_probs(prompts, groups, temperature), plain_score(policy, prompts, groups, temperature)
+    torch.testing.assert_close(out["logp"], logged(out, groups), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
     weights = torch.randn(len(plain), generator=torch.Generator().manual_seed(0))
     packed = gradients(policy, (out["logp"][out["mask"]] * weights).sum())
@@ -593,27 +524,13 @@ def test_packed_equals_repeated_with_gradients(folder, images, decode, limit, ta
     assert all(p.grad is None for name, p in policy.model.named_parameters() if "lora_" not in name)
 
 
-def test_tree_shares_what_is_common_and_nothing_else(policy, prompts):
-    group = policy.rollout(prompts[:1], [["FULL", "REGION", "REGION"]], seeds=[0])[0]
-    tree = Tree([c.ids for c in group], [len(c.ids) for c in group])
-    sees = tree.ancestors()
-    for c, path in zip(group, tree.paths):
-        assert [tree.tokens[node] for node in path[1:]] == c.ids
-        assert [tree.depths[node] for node in path[1:]] == list(range(len(c.ids)))
-        for node in path[1:]:                                       # sees its own past and nobody else's
-            assert sees[node].nonzero().flatten().tolist() == path[1:path.index(node) + 1]
-    assert len(tree.tokens) <= sum(len(c.ids) for c in group) - len(policy.grammar.trunk) - len(policy.grammar.prefix)
-
-
 def test_log_probs_feeds_no_more_than_the_tree(policy, prompts, monkeypatch):
     """What all completions have in common is fed once, and what follows the last choice never."""
     groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
-    widths, whole = [], policy.language_model.forward
-    monkeypatch.setattr(policy.language_model, "forward", lambda *rest, **more: (
-        widths.append(more["inputs_embeds"].shape[1]), whole(*rest, **more))[1])
+    seen = fed(monkeypatch, policy)
     policy.log_probs(prompts, groups)
     begun = [{tuple(c.ids[:t]) for c in group for t in range(1, np.flatnonzero(c.free)[-1] + 1)} for group in groups]
-    assert widths == [max(len(prompt.ids) + len(some) for prompt, some in zip(prompts, begun))]
+    assert seen == [(4, max(len(prompt.ids) + len(some) for prompt, some in zip(prompts, begun)))]
 
 
 def test_gradient_checkpointing_and_dropout_only_in_training(policy, prompts):
@@ -665,7 +582,7 @@ def test_windows_together_are_windows_one_by_one(folder, monkeypatch, attention)
 
 
 def test_an_image_goes_through_the_tower_once_while_it_is_frozen(policy, prompts, monkeypatch):
-    tower = spied(monkeypatch, policy.model.model, "get_image_features")
+    tower = spied(monkeypatch, policy.model.model, "get_image_features", lambda pixels, _: len(pixels))
     patches = sum(len(prompt.pixel_values) for prompt in prompts)
     with_lora(policy, targets="language")
     groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
@@ -674,7 +591,8 @@ def test_an_image_goes_through_the_tower_once_while_it_is_frozen(policy, prompts
     assert tower == [patches]
     # With LoRA in the tower once a pass: what it saw before is not what it sees now.
     fresh = load_policy(policy.name, system_prompt="Crop or not?")
-    tower, prompts = spied(monkeypatch, fresh.model.model, "get_image_features"), fresh.prompts(noise(SIZES), QUESTIONS)
+    tower = spied(monkeypatch, fresh.model.model, "get_image_features", lambda pixels, _: len(pixels))
+    prompts = fresh.prompts(noise(SIZES), QUESTIONS)
     before = fresh.log_probs(prompts, groups)["logp"]
     with_lora(fresh, targets="all")
     for name, layer in fresh.layers.items():
@@ -684,16 +602,15 @@ def test_an_image_goes_through_the_tower_once_while_it_is_frozen(policy, prompts
     assert tower == [patches] * 3
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
-
+# ---- LoRA
 
 def test_lora_starts_as_the_identity_and_leaves_the_base_alone(policy, prompts):
     base = {name: value.clone() for name, value in policy.model.state_dict().items()}
     before = all_logits(policy.model, prompts)
     policy.add_lora(r=4, alpha=8, dropout=0.1)
     assert torch.equal(all_logits(policy.model, prompts), before)
-    assert [p for p in policy.model.parameters() if p.requires_grad] and all(
-        p.requires_grad == ("lora_" in name) for name, p in policy.model.named_parameters())
+    assert {name for name, p in policy.model.named_parameters() if p.requires_grad} == {
+        f"{name}.{half}" for name in policy.layers for half in ("lora_A", "lora_B")}
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=0.05)
     for step in range(2):
         groups = policy.rollout(prompts, [PLAN] * 4, seeds=[step] * 4)
@@ -702,25 +619,14 @@ def test_lora_starts_as_the_identity_and_leaves_the_base_alone(policy, prompts):
         optimizer.step()
     changed = all_logits(policy.model, prompts)
     assert not torch.allclose(changed, before, atol=1e-2)
-    now = {name.replace(".base.", "."): value for name, value in policy.model.state_dict().items()
-           if "lora" not in name}
-    assert now.keys() == base.keys() and all(torch.equal(now[name], base[name]) for name in base)
+    now = {name.replace(".base.", "."): value for name, value in policy.model.state_dict().items()}
+    assert len(now) == len(base) + 2 * len(policy.layers) and all(torch.equal(now[name], base[name]) for name in base)
     with policy.adapter(False):
         assert torch.equal(all_logits(policy.model, prompts), before)
         with policy.adapter(True):
             assert torch.equal(all_logits(policy.model, prompts), changed)
         assert torch.equal(all_logits(policy.model, prompts), before)
     assert torch.equal(all_logits(policy.model, prompts), changed)
-
-
-def test_lora_is_the_formula(policy):
-    layer = with_lora(policy, r=2, alpha=6, dropout=0.5).layers["model.language_model.layers.0.self_attn.q_proj"]
-    x = torch.randn(5, 48)
-    expected = x @ layer.base.weight.T + layer.base.bias + 3 * x @ layer.lora_A.T @ layer.lora_B.T      # 6 / 2 = 3
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
-    layer.train()
-    kept = torch.cat([layer(torch.eye(48)) - layer.base(torch.eye(48)) for _ in range(20)]).abs().sum(1) > 0
-    assert 0.4 < kept.float().mean() < 0.6              # dropout takes half of the inputs
 
 
 def test_lora_targets_start_and_seed(folder):
@@ -805,7 +711,7 @@ def test_adapters_that_do_not_fit(folder, policy, tmp_path):
         ({name: torch.zeros(3, 48)}, "lora_A is .3, 48., but r is 4"),
         ({name.replace("_A", "_B"): torch.zeros(48, 3)}, "lora_B is .48, 3., but r is 4"),
         ({name.replace("lora_A", "lora_magnitude"): torch.zeros(4)}, "lora_magnitude is .4,., not None"),
-        ({extra: torch.zeros(4, 48), extra.replace("_A", "_B"): torch.zeros(48, 4)}, "no linear layer .*layers.9.*base"),
+        ({extra: torch.zeros(4, 48), extra.replace("_A", "_B"): torch.zeros(48, 4)}, "no linear layer .*layers.9"),
         ({head: torch.zeros(4, 48), head.replace("_A", "_B"): torch.zeros(431, 4)}, "no linear layer 'lm_head'"),
         ({name: None}, "q_proj.lora_A is None, not .4, 48."),
     ]:
@@ -826,28 +732,25 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
     torch.testing.assert_close(all_logits(plain.eval(), prompts), adapted, atol=1e-4, rtol=1e-4)
     assert AutoProcessor.from_pretrained(out).tokenizer.get_vocab() == policy.processor.tokenizer.get_vocab()
     # Its files can be read by whom the umask lets read.
-    modes = {stat.S_IMODE(os.stat(os.path.join(out, name)).st_mode) for name in ("model.safetensors", "system_prompt.txt")}
-    assert len(modes) == 1 and modes == {stat.S_IMODE((tmp_path / "adapter/adapter_config.json").stat().st_mode)}
+    written = [tmp_path / "adapter/adapter_config.json", *(tmp_path / "whole").glob("*.safetensors")]
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in written}) == 1 < len(written)
     # With the prompt that it was trained under, and no need to name it.
     again = load_policy(out)
     assert not again.layers and again.system_prompt == load_policy(policy.name).system_prompt
     # ... also where the run had a prompt and an image size of its own: they stand in the run's config.json.
-    (tmp_path / "own.txt").write_text("Say FULL or REGION.")
-    (tmp_path / "config.json").write_text(json.dumps(
-        {"args": {"system_prompt": str(tmp_path / "own.txt"), "max_pixels": 28 * 28 * 9}}))
+    own, run = tmp_path / "own.txt", tmp_path / "config.json"
+    own.write_text("Say FULL or REGION.")
+    run.write_text(json.dumps({"args": {"system_prompt": str(own), "max_pixels": 28 * 28 * 9}}))
     merge.main(["--adapter", adapter, "--out", str(tmp_path / "own")])
     again = load_policy(str(tmp_path / "own"))
-    assert again.system_prompt == "Say FULL or REGION." and again.model.dtype == torch.float32  # as loaded, on a CPU
+    assert again.system_prompt == "Say FULL or REGION." and again.processor.image_processor.size["longest_edge"] == 7056
     assert load_file(tmp_path / "own/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-    assert again.processor.image_processor.size["longest_edge"] == 28 * 28 * 9
     # The run's own copy of the text counts, not what its file says by now; the flag wins over both.
-    (tmp_path / "own.txt").write_text("Say something else.")
-    (tmp_path / "config.json").write_text(json.dumps(
-        {"args": {"system_prompt": str(tmp_path / "own.txt")}, "system_prompt": "Say FULL or REGION."}))
-    asked = merge.parse_args(["--adapter", adapter, "--out", "unused"])
-    assert merge.trained_under(asked) == ("Say FULL or REGION.", None)
-    asked.system_prompt = str(tmp_path / "own.txt")
-    assert merge.trained_under(asked) == ("Say something else.", None)
+    own.write_text("Say something else.")
+    run.write_text(json.dumps({"args": {"system_prompt": str(own)}, "system_prompt": "Say FULL or REGION."}))
+    for flag, text in ([], "Say FULL or REGION."), (["--system-prompt", str(own)], "Say something else."):
+        asked = merge.parse_args(["--adapter", adapter, "--out", "unused", *flag])
+        assert merge.trained_under(asked) == (text, None)
     for folder, target, complaint in [(adapter, out, "holds a model already"),
                                       (str(tmp_path), out + "2", "adapter_config.json is missing")]:
         with pytest.raises(SystemExit, match=complaint):
@@ -856,8 +759,7 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
         merge.save_merged(again, str(tmp_path / "third"))
 
 
-# ---- loading and prompts ---------------------------------------------------------------------------------------------
-
+# ---- loading and prompts
 
 def test_what_is_no_policy(folder, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -902,24 +804,19 @@ def test_prompt_is_the_chat_template_with_the_image_in_it(policy, prompts, image
     assert prompts[0].resized_size == (112, 56) and prompts[0].next_position == len(prompts[0].ids) - (8 - 4)
 
 
-@pytest.mark.parametrize("size, resized", [
-    ((1, 1), (28, 28)), ((20, 20), (28, 28)), ((5, 28), None),          # a side below one token's 28 pixels is enlarged
-    ((10, 1900), None),                                                 # 190 : 1, still within what can be resized
+@pytest.mark.parametrize("size, pixels, resized", [
+    ((1, 1), None, (28, 28)), ((20, 20), None, (28, 28)), ((5, 28), None, (28, 84)),    # a side below 28 is enlarged
+    ((10, 1900), None, None),                           # 190 : 1, still within what can be resized
+    ((600, 300), None, (224, 112)), ((600, 300), 28 * 28 * 9, (112, 56)), ((600, 300), 28 * 28, (28, 28)),  # max_pixels
 ])
-def test_small_and_thin_images_are_enlarged_and_boxes_come_back_to_them(policy, size, resized):
+def test_images_of_any_size_are_resized_and_boxes_come_back_to_them(folder, size, pixels, resized):
+    policy = load_policy(folder, max_pixels=pixels)     # the folder's own size: 40 tokens hold 8 x 4
     prompt = policy.prompts([Image.new("RGB", size)], ["What?"])[0]
     assert prompt.resized_size == (resized or prompt.resized_size) and min(prompt.resized_size) >= 28
     tokens = prompt.resized_size[0] * prompt.resized_size[1] // 28**2
     assert int(prompt.mm_token_type_ids.sum()) == tokens and len(prompt.pixel_values) == 4 * tokens
     x1, y1, x2, y2 = policy.rollout([prompt], [["REGION"]], seeds=[0])[0][0].action.box
     assert 0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]
-
-
-def test_max_pixels(folder):
-    big = [Image.new("RGB", (600, 300))]
-    sizes = [load_policy(folder, max_pixels=n).prompts(big, ["?"])[0].resized_size
-             for n in (None, 28 * 28 * 9, 28 * 28)]
-    assert sizes == [(224, 112), (112, 56), (28, 28)]       # default: the folder's own 40 tokens hold 8 x 4
 
 
 @pytest.mark.parametrize("size, question, message", [
