@@ -518,9 +518,9 @@ def finished(out, models):
         write_json(beside, settings)  # before the first line, so a file without it is somebody else's
         return set()
     before = read_json(beside, f"{out} was not begun here, name another --out")
-    same_scorer(out, before, scorer)
     if other := sorted(key for key in settings if key != "scorer" and settings[key] != before.get(key)):
         raise InputError(f"{out} was begun with another {', '.join(other)}: name another --out or remove it")
+    same_scorer(out, before, scorer)
     good = {}
     with open(out, "rb") as file:  # as bytes: a kill may also cut a character in two
         for line in file:
