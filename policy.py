@@ -158,8 +158,8 @@ class Grammar:
 
     Choices are the decision, each digit, and the comma or bracket that begins spans[1] to spans[4] where another digit
     could stand in its place: it ends the number. The pieces come from comparing whole answers as tokenised: a byte-pair
-    tokenizer merges across any seam one may choose (the quote and the brace of `"}` are one token).
-    ValueError for a tokenizer that does not write numbers digit by digit.
+    tokenizer merges across any seam one may choose (the quote and the brace of `"}` are one token). ValueError for one
+    that does not write numbers digit by digit.
     """
 
     def __init__(self, tokenizer):
@@ -255,8 +255,8 @@ class Completion:
 class Tree:
     """Completions of one query merged into a prefix tree: equal beginnings are one path, computed once.
 
-    nodes: tokens [n], parents [n] (-1 = the prompt), depths [n]. paths[c][t] is the node whose hidden state predicts
-    token t of completion c. Of completion c the first ends[c] tokens are in the tree.
+    Nodes: tokens [n], parents [n] (-1 = the prompt), depths [n], of the first ends[c] tokens of each completion c.
+    paths[c][t] is the node whose hidden state predicts token t of completion c.
 
     >>> Tree([[7, 8, 9], [7, 5, 6]], ends=[2, 2]).tokens, Tree([[7, 8, 9], [7, 5, 6]], ends=[2, 2]).parents
     ([7, 8, 5], [-1, 0, 0])
@@ -292,8 +292,8 @@ class Draft:
     """An answer being written, in one of two ways: `by_grammar` or `freely`. Each is a generator that yields the tokens
     allowed next (None: all of them; (): the answer is whole) and is sent the one chosen.
 
-    query: index of its prompt; forced: None or the decision that is set; stream: the rollout's own random numbers, None
-    takes the likeliest token.
+    query: index of its prompt; forced: the decision that is set, or None; stream: the rollout's own random numbers, or
+    None to take the likeliest token.
     """
 
     def __init__(self, query, prompt, forced=None, stream=None):
@@ -306,8 +306,7 @@ class Draft:
         self.way, self.allowed = way, next(way)
 
     def draw(self):
-        """The next uniform number of this rollout's stream; None when decoding greedily."""
-        # In free decoding what is given draws nothing.
+        """The next uniform number of the stream (in free decoding what is given takes none); None without a stream."""
         given = self.given and self.allowed is None
         return None if self.stream is None else 0.0 if given else self.stream.random()
 
@@ -407,10 +406,8 @@ class Rows:
 
 
 def additive_mask(sees, dtype):
-    """bool [B, T, S] "token t sees slot s" -> [B, 1, T, S], 0 where it does, the type's minimum elsewhere.
-
-    Additive works with both attention implementations; the minimum instead of -inf keeps rows that see nothing finite.
-    """
+    """bool [B, T, S] "token t sees slot s" -> [B, 1, T, S], 0 where it does, the type's minimum elsewhere: additive for
+    both attention implementations, and not -inf, which makes NaN of a row that sees nothing."""
     # Rows begin at multiples of 8 numbers: CUDA's kernel copies other masks, in every layer, and keeps the copies.
     width = sees.shape[-1]
     mask = torch.zeros(*sees.shape[:-1], width + -width % 8, dtype=dtype, device=sees.device)[..., :width]
@@ -418,10 +415,10 @@ def additive_mask(sees, dtype):
 
 
 def pick(log_probs, draws):
-    """Column of each row: the argmax where `draws` is None, else by inverse CDF. log_probs [R, C], draws list -> [R].
+    """Column of each row [R], from log_probs [R, C]: the likeliest where draws are None, else by inverse CDF.
 
-    Inverse CDF takes one uniform number per choice, so a rollout's draws do not depend on who else is in the batch
-    (torch.multinomial would take its numbers from one generator for all rows).
+    That takes one uniform number a choice, so a rollout's draws do not depend on who else is in the batch.
+    (torch.multinomial would take its numbers from one generator for all rows.)
     """
     # NaN would come out as a column that does not exist, or, of argmax, as an answer like any other.
     if log_probs.amax(-1).isnan().any():
@@ -573,8 +570,7 @@ class Policy:
     def _cache(self, prompts):
         """A key-value cache for rows of these prompts, and how many of their first tokens it holds already."""
         cache, ids = DynamicCache(config=self.language_model.config), self.opening if self.keep_prefix else None
-        # Not for prompts that were made under another system prompt.
-        if ids is None or not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):
+        if ids is None or not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):  # of another policy
             return cache, 0
         # What is kept holds while no LoRA layer is changed or switched. PyTorch counts a tensor's changes, but neither
         # those in inference mode, which cannot be trained, nor a fused optimizer's: so `train` forgets what is kept.
@@ -592,8 +588,8 @@ class Policy:
     def _forward(self, prompts, trees, cache=None, skip=0):
         """Rows `[prompt | tree | padding]` through the language model -> hidden [B, L, D].
 
-        `cache`: a DynamicCache to be filled, for decoding on from here. It holds the first `skip` tokens of all rows
-        already, and L is without them. Only rows without branches can be skipped into.
+        cache: to be filled, for decoding on from here, where no tree has branches. It holds the first `skip` tokens of
+        all rows already, and L is without them.
         """
         width = max(len(prompt.ids) + len(tree.tokens) for prompt, tree in zip(prompts, trees))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)                                    # [B, L]
@@ -826,9 +822,7 @@ def adapter_base(folder):
 
 def read_adapter(folder):
     """A LoRA adapter in peft's format -> dict r, alpha, dropout, base; {"<path>.lora_A": [r, in], "<path>.lora_B"}.
-
-    FileNotFoundError or ValueError naming the file, for what plain LoRA does not write.
-    """
+    FileNotFoundError or ValueError naming the file, for what plain LoRA does not write."""
     config_path, path = (os.path.join(folder, "adapter_" + name) for name in ("config.json", "model.safetensors"))
     for needed in (config_path, path):
         if not os.path.isfile(needed):
@@ -863,7 +857,7 @@ class WindowAttention(Qwen2_5_VLVisionAttention):
     """transformers' attention of the vision tower, for CUDA: neighbouring windows of one length in one call.
 
     Theirs is a call a window: 1,796 for an image of 1,000 tokens in the 3B, each of microseconds on a GPU, which waits
-    for Python then. (On a CPU a call costs nothing beside its work.) Same weights, same numbers.
+    for Python then (on a CPU a call costs nothing beside its work). Same weights, same numbers.
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings, **_):
