@@ -79,6 +79,9 @@ def test_example(server):
     # Markup in a title comes as it is, in JSON: the page puts it in as text.
     assert (first["title"], first["row"], first["rank_before"], first["positive"]) == ("The <b>red</b>", 2, 2, True)
     assert post(server, example=0, question="0", force="FULL")[1]["candidates"][0]["title"] == "The <b>purple</b>"
+    server.demo.data.pool, server.demo.data.pool_image = np.array([[0, 1, 3]] * 4), np.array([[0, 2, 6]] * 4)
+    stored = post(server, example=0, question="0")[1]["candidates"]  # its own pool, which retrieval would not find
+    assert [row["title"] for row in stored] == [f"The <b>{name}</b>" for name in ("red", "purple", "green")]
 
 
 def test_images(server):
