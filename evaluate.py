@@ -1,4 +1,4 @@
-"""Re-rank a split with every method and print the paper's Tables 1, 2 and 4; metrics.json has the data of Figure 2 too.
+"""Re-rank a split with every method and print the paper's Tables 1, 2 and 4; the rows hold the data of Figure 2.
 
     python evaluate.py --data data/world --run runs/world --split test
 
@@ -24,6 +24,7 @@ a query that stays FULL are an upper bound: the box that nobody asked for is amo
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ from scorer import (
     write_json, write_trec,
 )
 
-METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "zeroshot2", "always", "policy", "oracle")
+METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
 NEED_ADAPTER = ("random", "always", "policy")
 CROPPING = ("zeroshot", "zeroshot2", "policy", "always")  # rows of Table 4: methods that choose a region by looking
 # The decoding pass that a method's answers come from, with a grammar and in free text, where p(REGION | x) is not known
@@ -69,14 +70,14 @@ FULL_IMAGE = Action("FULL", None, None, "")
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, names = parser.add_argument, [name for name in METHODS if name != "zeroshot2"]
+    add = parser.add_argument
     add("--data", default="data/world", help="folder that prepare.py wrote")
     add("--run", default="runs/world", help="folder that train.py wrote")
     add("--out", help="folder for everything that is written; default: eval/ in the run's folder")
     add("--split", default="test", help="split of the data: train, val or test")
     add("--limit", type=int, default=0, help="use the first N queries of the split; 0 = all of them")
     add("--methods", type=lambda text: text.split(","),
-        help=f"of {','.join(names)}, comma-separated; default: all, oracle where truth is known")
+        help=f"of {','.join(METHODS)}, comma-separated; default: all, oracle where truth is known")
     add("--zeroshot-policy", metavar="NAME", help="adds zeroshot2: this model, such as Qwen/Qwen2.5-VL-7B-Instruct")
     add("--run-file", action="append", default=[], metavar="NAME=PATH",
         help="adds a re-ranking by another program, a TREC run (see tools/runs.py); may be given several times")
@@ -102,9 +103,9 @@ def parse_args(argv=None):
     args.adapter = args.adapter or f"{args.run}/adapter"
     if not (0 < args.center_fraction <= 1 and 0 <= args.threshold <= 1 and args.batch_size >= 1 and args.limit >= 0):
         parser.error("--center-fraction is above 0 and at most 1, --threshold 0 to 1, --batch-size >= 1, --limit >= 0")
-    if unknown := sorted(set(args.methods or ()) - set(names)):
-        parser.error(f"--methods: unknown {', '.join(unknown)}; known are {', '.join(names)}")
-    taken = {*METHODS, "truth"}
+    if unknown := sorted(set(args.methods or ()) - set(METHODS)):
+        parser.error(f"--methods: unknown {', '.join(unknown)}; known are {', '.join(METHODS)}")
+    taken = {*METHODS, "zeroshot2", "truth"}
     for text in args.run_file:  # the name becomes part of a file name, where @ and + belong to the tools
         if not re.fullmatch(r"[\w-]+=.+", text) or text.partition("=")[0] in taken:
             parser.error("--run-file is NAME=PATH, NAME of letters, digits, - and _, each once, and no method's name")
@@ -126,12 +127,10 @@ def open_run(args, data, methods):
         raise InputError(f"{weights} is missing, and {', '.join(needing)} need the trained policy: run `python train.py"
                          f" --data {data.folder} --run {args.run}`, or ask for --methods full,center,zeroshot")
     config = read_json(path, "put it back, or train with another --run") if os.path.isfile(path) else {}
-    if config and not {"pools", "data", "policy", "args"} <= config.keys():
-        raise InputError(f"{path} is not what train.py wrote: put it back, or train with another --run")
     # The hash of the pools and not of manifest.json: the same pools prepared in another folder are the same data.
-    if config and config["pools"] != data.identity:
-        raise InputError(f"run {args.run} was trained on {config['data']} (pools {config['pools']}), but {data.folder} "
-                         f"has pools {data.identity}: evaluate on the data of the run, or train with another --run")
+    if config and config.get("pools") != data.identity:
+        raise InputError(f"run {args.run} was trained on {config.get('data')} (pools {config.get('pools')}), but "
+                         f"{data.folder} has pools {data.identity}: evaluate on the data of the run, or train anew")
     return config
 
 
@@ -192,19 +191,16 @@ class Answers(dict):
     """
 
     def __init__(self, path, key):
-        super().__init__()
-        head = json.dumps(key, sort_keys=True)
+        self.path, head = path, json.dumps(key, sort_keys=True)
         lines = Path(path).read_text(encoding="utf-8").splitlines() if os.path.isfile(path) else []
         if lines and lines[0] != head:
             print(f"note: {path} is of another adapter, policy or way of decoding, and is begun anew")
             lines = []
         for line in lines[1:]:
-            try:
+            with contextlib.suppress(ValueError):  # a line that a kill cut short: it is asked for again
                 name, row, value = json.loads(line)
                 self[name, row] = value
-            except ValueError:  # a kill cut this line short: it is asked for again
-                pass
-        self.path, self.file = path, open(path, "a" if lines else "w", encoding="utf-8")
+        self.file = open(path, "a" if lines else "w", encoding="utf-8")
         self.file.write("\n" if lines else head + "\n")  # what was cut short ends here
 
     def add(self, answers):
@@ -233,7 +229,9 @@ def all_actions(methods, data, sizes, truth, config, args, answers):
         policy = open_policy(args.zeroshot_policy, config, args, trained=False)
         actions |= model_actions(policy, ["zeroshot2"], data, sizes, args, answers)
     if "center" in methods:
-        actions["center"] = [region(size and center_box(size, args.center_fraction)) for size in sizes]
+        low, high = (1 - args.center_fraction) / 2, (1 + args.center_fraction) / 2
+        actions["center"] = [region(size and (size[0] * low, size[1] * low, size[0] * high, size[1] * high))
+                             for size in sizes]
     if "random" in methods:
         of = "policy" if any(action.box for action in actions["policy"]) else "always"
         if of == "always":  # it gave up cropping: its forced boxes are the nearest thing to its distribution
@@ -288,12 +286,6 @@ def model_actions(policy, names, data, sizes, args, answers):
 def region(box):
     """REGION with this box, by no model; FULL where there is no box."""
     return Action("REGION", box, None, "") if box else FULL_IMAGE
-
-
-def center_box(size, fraction):
-    """Box of `fraction` of each side in the middle of an image of size (w, h)."""
-    w, h = size
-    return (w * (1 - fraction) / 2, h * (1 - fraction) / 2, w * (1 + fraction) / 2, h * (1 + fraction) / 2)
 
 
 def random_boxes(sizes, actions, seed):
@@ -513,42 +505,35 @@ def cells(values, width, style):
                    for v in values)
 
 
-def main_table(table):
-    """Tables 1 and 2 beside each other, one row a method, and the paper's rows beneath."""
-    lines = [f"{'':16}{'Table 1':^48} |{'Table 2':^28} |{'what it did':^26}",
-             f"{'method':16}{cells(COLUMNS[:6], 8, '')} |{cells(COLUMNS[6:], 9, '')}  |  crop % bad text    IoU"]
+def tables(table, truth_box):
+    """Tables 1 and 2 beside each other with the paper's rows beneath; Table 4; and some of it by kind of query, where
+    `truth` always takes the true box. Three lists of lines."""
+    main = [f"{'':16}{'Table 1':^48} |{'Table 2':^28} |{'what it did':^26}",
+            f"{'method':16}{cells(COLUMNS[:6], 8, '')} |{cells(COLUMNS[6:], 9, '')}  |  crop % bad text    IoU"]
     for name, row in table.items():
         v = [row[column] for column in COLUMNS]
-        lines.append(f"{name:16}{cells(v[:2], 8, '.3f')}{cells(v[2:6], 8, '%')} |{cells(v[6:], 9, '.3f')}  |"
-                     + cells([row["crop_rate"]], 8, "%") + cells([row["malformed"]], 9, "d")
-                     + cells([row["mean_iou"]], 7, ".2f"))
+        main.append(f"{name:16}{cells(v[:2], 8, '.3f')}{cells(v[2:6], 8, '%')} |{cells(v[6:], 9, '.3f')}  |"
+                    f"{cells([row['crop_rate']], 8, '%')}{row['malformed']:9}{cells([row['mean_iou']], 7, '.2f')}")
     for dataset, rows in PAPER.items():
-        lines.append(f"the paper, {dataset} (other data, other models: for the shape of the table only)")
-        lines += [f"{name:16}{cells(v[:2], 8, '.2f')}{cells(v[2:6], 8, '.1f')} |{cells(v[6:], 9, '.2f')}  |"
-                  for name, v in rows.items()]
-    return lines
+        main.append(f"the paper, {dataset} (other data, other models: for the shape of the table only)")
+        main += [f"{name:16}{cells(v[:2], 8, '.2f')}{cells(v[2:6], 8, '.1f')} |{cells(v[6:], 9, '.2f')}  |"
+                 for name, v in rows.items()]
 
+    columns = ("crop_rate", "help", "hurt", "no_change")  # in per cent of the queries whose pool holds the positive
+    table4 = [f"{'Table 4':16}" + "".join(f"{f'original {group}, n = ' + str(found['n']):^44}"
+                                          for group, found in table["full"]["table4"].items()),
+              f"{'in %':16}" + cells((c.replace("_", " ") for c in columns), 11, "") * 2]
+    table4 += [f"{name:16}" + "".join(cells((g[c] for c in columns), 11, "%") for g in table[name]["table4"].values())
+               for name in CROPPING if name in table]
 
-def behaviour_table(table):
-    """Table 4, in per cent of the queries whose pool holds the positive."""
-    chosen, columns = [name for name in CROPPING if name in table], ("crop_rate", "help", "hurt", "no_change")
-    heads = [f"original {group}, n = {found['n']}" for group, found in table["full"]["table4"].items()]
-    lines = [f"{'Table 4':16}" + "".join(f"{head:^44}" for head in heads),
-             f"{'in %':16}" + cells((c.replace("_", " ") for c in columns), 11, "") * 2]
-    lines += [f"{name:16}" + "".join(cells((g[c] for c in columns), 11, "%") for g in table[name]["table4"].values())
-              for name in chosen]
-    return lines if chosen else []
-
-
-def kind_table(rows):
-    """CondR@1, crop rate, IoU, help and hurt of each method by kind of query, where kinds are known."""
-    kinds = rows["full"].get("kinds", {})
-    lines = [f"{'by kind':16}" + "".join(f"{k + ', n = ' + str(v['n']):^46}" for k, v in kinds.items()),
-             f"{'':16}" + cells(("CondR@1", "crop %", "IoU", "help %", "hurt %"), 9, "") * len(kinds)]
-    lines += [f"{name:16}" + "".join(
+    kinds = table["full"].get("kinds", {})
+    by_kind = [f"{'by kind':16}" + "".join(f"{f'{kind}, n = ' + str(k['n']):^46}" for kind, k in kinds.items()),
+               f"{'':16}" + cells(("CondR@1", "crop %", "IoU", "help %", "hurt %"), 9, "") * len(kinds)]
+    by_kind += [f"{name:16}" + "".join(
         cells([k["CondR@1"]], 9, ".3f") + cells([k["crop_rate"]], 9, "%") + cells([k["mean_iou"]], 9, ".2f")
-        + cells([k["help"], k["hurt"]], 9, "%") for k in row.get("kinds", {}).values()) for name, row in rows.items()]
-    return lines if kinds else []
+        + cells([k["help"], k["hurt"]], 9, "%") for k in row["kinds"].values())
+        for name, row in {**table, **({"truth": truth_box} if truth_box else {})}.items() if kinds]
+    return main, table4 if len(table4) > 2 else [], by_kind if kinds else []
 
 
 def report(result):
@@ -568,9 +553,7 @@ def report(result):
                      f"{', '.join(result['unreadable']['first'])} ...")
     head = [f"{result['split']} split of {result['data']}: {result['queries']} queries, {result['with_positive']} of "
             f"them with a positive among their K = {result['K']} candidates"]
-    truth = {"truth": result["truth_box"]} if "truth_box" in result else {}  # always the true box
-    parts = [head, main_table(table), behaviour_table(table), kind_table({**table, **truth}), notes]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return "\n\n".join("\n".join(part) for part in (head, *tables(table, result.get("truth_box")), notes) if part)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -611,8 +594,10 @@ def open_all(args):
     if not truth:
         print("no truth.jsonl beside the raw data: no oracle row, no IoU, no table by kind")
     # The full image is always there: every other row is compared with it, query by query.
-    wanted = {"full", *(args.methods or METHODS[:5] + METHODS[6:]), *(["zeroshot2"] if args.zeroshot_policy else [])}
-    methods = [name for name in METHODS if name in wanted and (truth or name != "oracle")]
+    wanted = {"full", *(args.methods or METHODS)} - (set() if truth else {"oracle"})
+    methods = [name for name in METHODS if name in wanted]
+    if args.zeroshot_policy:  # beside the other base model, as in Table 1
+        methods.insert(sum(name in METHODS[:5] for name in methods), "zeroshot2")
     config = open_run(args, data, methods)
     args.decode = args.decode or config.get("args", {}).get("decode", "grammar")
     args.policy_dtype = args.policy_dtype or config.get("args", {}).get("policy_dtype")

@@ -120,7 +120,7 @@ def test_fuse_by_hand(rows, capsys):
     assert q1["decision"] == "FULL" and q1["scores"] == rows_of(arguments, "full")[1]["scores"]
     assert loaded.scorer.encoded == 3  # the crops; the full image is stored
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["full", "policy", "policy+fuse"]
+    assert [line.split()[0] for line in lines[1:]] == ["full", "policy", "policy+fuse"]
 
 
 @pytest.mark.parametrize("weight, like", [("0", "full"), ("1", "policy")])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluate import encode_views, main_table, numbers, ranked, score_actions, write_rows
+from evaluate import encode_views, ranked, score_actions, write_rows
 from policy import Action
 from rewards import metrics, summary
 from scorer import (
@@ -129,11 +129,11 @@ def fused(data, scorer, rows, actions, weight, batch_size):
     return [{**row, **fields} for row, fields in zip(rows["policy"], ranked(data.labels, found, full))]
 
 
-def scorer_table(sets):
-    """Table 6 from {scorer name: {method: rows}}: recalls in per cent, conditional ones as shares."""
-    lines = [f"{'Table 6':44}" + "".join(f"{column:>9}" for column in COLUMNS)]
+def table(title, sets):
+    """Lines from {scorer name: {method: rows}}: recalls in per cent, conditional ones as shares."""
+    lines = [f"{title:44}" + "".join(f"{column:>9}" for column in COLUMNS)]
     for scorer, rows in sets.items():
-        for name in (name for name in METHODS if name in rows):
+        for name in rows:
             means = summary(metrics([row["scores"] for row in rows[name]], [row["labels"] for row in rows[name]]))
             cells = ["-" if means[c] is None else f"{means[c] * 100:.1f}" if c[0] == "R" else f"{means[c]:.3f}"
                      for c in COLUMNS]
@@ -151,7 +151,8 @@ def run(args):
     data, rows, actions = open_rows(args, METHODS)
     if args.fuse is not None and "policy" not in rows:
         raise InputError(f"--fuse needs the rows of the policy: run evaluate.py on {args.run} with the method policy")
-    sets, lines = {data.manifest["scorer"]["name"]: rows}, []
+    own = data.manifest["scorer"]["name"]
+    sets, lines = {own: rows}, []
     with hold(args.out, "--out"):
         for name in args.scorer:
             scorer = load_scorer(name, args.device)
@@ -160,12 +161,12 @@ def run(args):
             for method, listed in sets[name].items():
                 write_rows(os.path.join(args.out, f"{args.split}.{method}@{slug(name)}.jsonl"), listed)
         if args.scorer:
-            lines += [*scorer_table(sets), ""]
+            lines += [*table("Table 6", sets), ""]
         if args.fuse is not None:
             found = fused(data, own_scorer(data, args.device), rows, actions, args.fuse, args.batch_size)
             write_rows(os.path.join(args.out, f"{args.split}.policy+fuse.jsonl"), found)
             shown = {"full": rows["full"], "policy": rows["policy"], "policy+fuse": found}
-            lines += main_table({name: numbers(listed) for name, listed in shown.items()})[:2 + len(shown)]
+            lines += table(f"{1 - args.fuse:g} full image + {args.fuse:g} crop", {own: shown})
     return lines
 
 
