@@ -6,6 +6,7 @@ heading of words and [(caption, PIL image)]. matplotlib is a package of requirem
 
 import base64
 import io
+import textwrap
 from dataclasses import dataclass
 
 import matplotlib.figure
@@ -301,21 +302,21 @@ def data_uri(content):
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def sheet(shown, side=170):
+def sheet(shown, side=170, columns=6):
     """Cases below each other as one picture, PNG bytes."""
-    font, lines = ImageFont.load_default(11), 66
-    picture = Image.new("RGB", (6 * (side + 8), max(1, len(shown)) * (side + lines)), "white")
+    font, height = ImageFont.load_default(11), side + 66
+    picture = Image.new("RGB", (columns * (side + 8), max(1, len(shown)) * height), "white")
     pen = ImageDraw.Draw(picture)
-    for number, case in enumerate(shown):
-        top = number * (side + lines)
+    for top, case in zip(range(0, len(shown) * height, height), shown):
+        words = f"{case.soft.replace('→', '->')} {case.group}"  # the font that Pillow brings has no arrow
         pen.text((4, top + 4), case.words[:150], fill="black", font=font)
-        pen.text((4, top + 19), f"{case.soft} {case.group}"[:200], fill=GREY, font=font)
-        for column, (caption, image) in enumerate(case.views):
-            left, small = column * (side + 8) + 4, image.convert("RGB")
+        pen.text((4, top + 19), words[:180], fill=GREY, font=font)
+        for left, (caption, image) in zip(range(4, picture.width, side + 8), case.views):
+            small = image.convert("RGB")
             small.thumbnail((side, side))
             picture.paste(small, (left, top + 36))
-            for row in range(2):
-                pen.text((left, top + 38 + side + 12 * row), caption[row * 30:][:30], fill="black", font=font)
+            lines = "\n".join(textwrap.wrap(caption, 30)[:2])
+            pen.text((left, top + 38 + side), lines, fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
     picture.save(buffer, format="png")
     return buffer.getvalue()

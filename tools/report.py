@@ -604,14 +604,13 @@ def fact_table(name, title, facts):
     return Table(name, title, ["argument", "value"], rows, "", wordy=True)
 
 
-def page(run, data, tables, drawn, found):
-    """The whole report as one HTML file without scripts and without anything to load."""
-    named = {table.name: table for table in tables}
-    args, example = run.config.get("args", {}), run.args.examples
+def page(run, tables, drawn, cases, found):
+    """The whole report as one HTML file without scripts and without anything to load. cases: {section: [Case]}."""
+    named, args = {table.name: table for table in tables}, run.config.get("args", {})
     sections = [
         ("claims", "The paper's claims, on this data", ["claims"], ""), ("table1", "", ["table1"], ""),
         ("table2", "", ["table2"], ""), ("tests", "Paired tests", ["tests"], ""),
-        ("table3", "Table 3. Queries before and after", [] if data else ["table3"], ""),
+        ("table3", "Table 3. Queries before and after", [] if cases["table3"] else ["table3"], ""),
         ("table4", "", ["table4"], "table4"), ("kinds", "", ["kinds"], ""), ("curve", "Operating curve", [], "curve"),
         ("extensions", "", ["extensions"], ""), ("table5", "", ["table5"], ""),
         ("figure2", "Figure 2. Margin before and after", [], "figure2"),
@@ -620,8 +619,7 @@ def page(run, data, tables, drawn, found):
     content = [{"name": name, "title": title or (named[name].title if name in named else ""),
                 "tables": [named[key] for key in keys if key in named],
                 "plots": [plot for plot in drawn if prefix and plot.name.startswith(prefix)],
-                "cases": {"table3": plots.cases, "pools": plots.pools}[name](run, data, example)
-                if data and example and name in ("table3", "pools") else [],
+                "cases": cases.get(name, []),
                 "folded": [fact_table("evaluation", "Evaluation: metrics.json", run.metrics),
                            fact_table("training", "Training: config.json", {
                                **{k: v for k, v in run.config.items() if k != "args"}, **args})] if name == "run" else []}
@@ -692,10 +690,10 @@ def main(argv=None):
             without = margin_runs(run)[1][:1]
             drawn = plots.draw(run, label, without[0].values if without else None)
             files |= {f"{plot.name}.png": plot.png for plot in drawn}
-            files["report.html"] = page(run, data, tables, drawn, found)
-            if data and args.examples:
-                files |= {f"{args.split}.sheet.png": plots.sheet(plots.cases(run, data, args.examples)),
-                          f"{args.split}.pools.png": plots.sheet(plots.pools(run, data, args.examples))}
+            cases = {"table3": plots.cases(run, data, args.examples) if data else [],
+                     "pools": plots.pools(run, data, args.examples) if data else []}
+            files["report.html"] = page(run, tables, drawn, cases, found)
+            files |= {f"{args.split}.{name}.png": plots.sheet(shown) for name, shown in cases.items() if shown}
         write_report(args.out, files, numbers(run, found))
     except (InputError, FileNotFoundError) as error:
         raise SystemExit(f"tools.report: {error}") from error
