@@ -78,7 +78,8 @@ def canvas(title, xlabel, ylabel):
 
 def drawn(figure, name, caption, legend=False):
     if legend:  # below the axes: inside them it would sooner or later lie on the data
-        figure.legend(loc="outside lower center", ncol=3, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.2)
+        figure.legend(loc="outside lower center", ncol=3, frameon=False, fontsize=9, handlelength=1.4,
+                      columnspacing=1.2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=170, metadata={"Software": None})  # no version: equal rows, equal bytes
     return Plot(name, buffer.getvalue(), caption)
@@ -98,8 +99,8 @@ def margin_plots(run, without):
     ends, plots = [every.min(), every.max()], []
     for name, (title, x, y) in points.items():
         better = y > x
-        figure, axes = canvas(f"{title}: {100 * better.mean():.0f} % of {len(x)} crops gain", "margin of the full image",
-                              "margin of the crop")
+        figure, axes = canvas(f"{title}: {100 * better.mean():.0f} % of {len(x)} crops gain",
+                              "margin of the full image", "margin of the crop")
         for inside, colour, mark in ((better, BLUE, "o"), (~better, ORANGE, "x")):  # two marks: colour is not all
             axes.scatter(x[inside], y[inside], s=12, color=colour, marker=mark, alpha=0.55, linewidths=0.8)
         axes.plot(ends, ends, color="black", linewidth=1)
@@ -216,8 +217,8 @@ def spread(rows, count):
 def places(run, i):
     """Pool places of query i: first before, first after, the positive that comes first after."""
     before, after = (np.array(run.rows[name][i]["scores"]) for name in ("full", "policy"))  # [K] each
-    # argmax takes the first of equals: the pool's order, as everywhere.
-    return int(before.argmax()), int(after.argmax()), int(np.where(run.rows["full"][i]["labels"], after, -np.inf).argmax())
+    right = np.where(run.rows["full"][i]["labels"], after, -np.inf)  # [K]
+    return tuple(int(found.argmax()) for found in (before, after, right))  # the first of equals: the pool's order
 
 
 def title_of(data, i, k):
@@ -277,13 +278,13 @@ def case(run, data, i, group):
 
 
 def pools(run, data, count, negatives=4):
-    """What the pools hold, of Case: a query, its positive, and the negatives that the full image ranks first (Eq. 4)."""
+    """What the pools hold, of Case: a query, its positive, and the negatives that the full image ranks first."""
     held = np.flatnonzero(~np.isnan(run.study.values["full"]["CondR@1"]))
     return [safely(lambda i=i: pool(data, i, negatives), "", data.queries[i].query_id) for i in spread(held, count)]
 
 
 def pool(data, i, negatives):
-    found = scores(np.asarray(data.full[i], dtype=np.float32), data.candidates(i))  # [K]
+    found = scores(np.asarray(data.full[i], dtype=np.float32), data.candidates(i))  # [K] Eq. 4
     order = np.argsort(-found, kind="stable").tolist()  # ties in pool order
     chosen = [k for k in order if data.labels[i, k]][:1] + [k for k in order if not data.labels[i, k]][:negatives]
     views = [(f"{'positive' if data.labels[i, k] else 'negative'}, rank {order.index(k) + 1}: {title_of(data, i, k)}, "

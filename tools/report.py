@@ -5,14 +5,12 @@
     python -m tools.report --run runs/world --runs runs/ablation/* --bench bench/mini-cpu.json
 
 Means are computed anew from the scores and labels of the rows, so a table cannot show a number that its rows do not
-hold. No model is loaded. How intervals and tests are made: tools/stats.py. Plots and pictures: tools/plots.py. The page
-is tools/report.html.j2. The packages are those of requirements-dev.txt.
-
-One form for each number, everywhere: recalls and rates in per cent, MRR, NDCG and CondR@K as fractions, as the paper.
+hold. No model is loaded. Intervals and tests: tools/stats.py. Numbers as text and the formats of tables:
+tools/tables.py. Plots and pictures: tools/plots.py. The page is tools/report.html.j2. The packages are those of
+requirements-dev.txt. The file in its order: what goes in, the paper's claims, tables, the page.
 """
 
 import argparse
-import html
 import os
 import re
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from rewards import metrics
 from scorer import InputError, load_data, read_json, replacing, write_json
 from tools import plots
 from tools.stats import Study, entities, mean, measures, read_lines, read_rows
+from tools.tables import Table, as_latex, as_markdown, as_text, form, head, p_text, plain, shown, span
 
 LABELS = {  # methods in the order of the paper's Table 1; a method that is not here goes by its own name
     "full": "full image", "random": "random box", "center": "center box", "zeroshot": "zero-shot policy",
@@ -35,10 +34,6 @@ NO_WEIGHT = ("max_prompt_tokens", "checkpointing", "micro", "eval_every", "val_q
              "max_kl", "when_sick", "tensorboard", "wandb", "log_level")  # arguments of train.py that move no weight
 SLACK = 0.01  # "at least as good as" means: not worse by more than this
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
-FORMS = {  # measure: (times, digits); the rest are fractions with three digits
-    **dict.fromkeys(("R", "crop", "help", "hurt", "same", "bad"), (100, 1)),
-    **dict.fromkeys(("iou", "containment", "judge", "encodes", "d_z"), (1, 2))}
-HEADS = {"same": "no change", "iou": "IoU", "bad": "bad text", "seconds": "s a query", "encodes": "encodes a query"}
 
 
 def parse_args(argv=None):
@@ -272,49 +267,10 @@ def seeds_note(with_term, without):
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
-@dataclass
-class Table:
-    """Cells are texts. The first column names the row and is set left, all others right, unless `wordy` says so."""
-    name: str        # table1: also the file's name
-    title: str
-    head: list
-    rows: list
-    caption: str     # what to see
-    wordy: bool = False
-
-
-def form(measure):
-    """(times, digits) of a measure's numbers: "CondR@1" is of the kind CondR, "crop >1" of the kind crop."""
-    return FORMS.get(re.split("[@ ]", measure)[0], (1, 3))
-
-
-def shown(value, measure="", sign=False):
-    """A number for a cell, in its measure's form; a dash where it is not defined."""
-    times, digits = form(measure)
-    return "-" if value is None or not np.isfinite(value) else f"{value * times:{'+' if sign else ''}.{digits}f}"
-
-
-def span(bounds, measure="", sign=False):
-    """An interval for a cell: [low, high]."""
-    return "-" if np.isnan(bounds[0]) else f"[{shown(bounds[0], measure, sign)}, {shown(bounds[1], measure, sign)}]"
-
-
-def p_text(p):
-    """A p value for a cell. Below 0.001 its digits depend on the number of flips more than on the data."""
-    return "-" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def label(name):
     method, _, scorer = name.partition("@")
     base, plus, extra = method.removeprefix("retrieval/").partition("+")
     return LABELS.get(base, base) + (f" + {extra}" if plus else "") + (f", {scorer}" if scorer else "")
-
-
-def head(column):
-    """What stands above a column: its measure with its unit, or what an interval is."""
-    kind, *more = re.split("[@ ]", column, maxsplit=1)
-    name = HEADS.get(kind, f"{kind}@{more[0]}" if "@" in column else kind)
-    return "95 %" if column.startswith("95 ") else f"{name} %" if form(column)[0] == 100 else name
 
 
 def cells(run, method, columns):
@@ -519,47 +475,6 @@ def query_table(run, data):
                  "Drawn evenly from each kind, not picked by hand.", wordy=True)
 
 
-# --------------------------------------------------------------------------------------------- tables as three formats
-
-def plain(value):
-    """Any text on one line, without what steers a terminal or cannot be written as UTF-8."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-
-
-def as_text(table):
-    """A table for the terminal: columns as wide as their cells."""
-    lines = [table.head, *([plain(cell) for cell in line] for line in table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
-    drawn = ["  ".join(cell.ljust(w) if i == 0 or table.wordy else cell.rjust(w)
-                       for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
-    return "\n".join([table.title, drawn[0], "-" * (sum(widths) + 2 * len(widths) - 2), *drawn[1:]])
-
-
-def as_markdown(table):
-    """A table in GitHub's Markdown, with its caption."""
-    def line(cells):
-        # What a question may hold must not end a cell or become a tag: Markdown passes HTML on.
-        safe = (html.escape(plain(cell), quote=False).replace("|", "\\|") for cell in cells)
-        return "| " + " | ".join(safe) + " |"
-    rule = "|" + "|".join(["---"] + ["---" if table.wordy else "---:"] * (len(table.head) - 1)) + "|"
-    return "\n".join([f"**{table.title}.** {html.escape(table.caption, quote=False)}", "", line(table.head), rule,
-                      *map(line, table.rows)])
-
-
-def tex(text):
-    """Text for LaTeX, every character that means something there escaped."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
-               "±": r"$\pm$", "|": "$|$", **{c: "\\" + c for c in "&%$#_{}"}}
-    return "".join(special.get(c, c) for c in plain(text))
-
-
-def as_latex(table):
-    """A table environment (booktabs), to be \\input by a paper."""
-    frame = pd.DataFrame([[tex(cell) for cell in line] for line in table.rows], columns=[tex(name) for name in table.head])
-    return frame.to_latex(index=False, escape=False, column_format="l" + "lr"[not table.wordy] * (len(table.head) - 1),
-                          caption=f"{tex(table.title)}. {tex(table.caption)}", label=f"tab:{table.name}")
-
-
 def as_csv(rows, full):
     """The per-query table of the authors' release, in its columns; ranks are empty where the pool has no positive."""
     after, before = (metrics([row["scores"] for row in listed], [row["labels"] for row in listed], ks=())
@@ -578,6 +493,13 @@ def as_csv(rows, full):
 
 
 # ----------------------------------------------------------------------------------------------------------- the page
+
+SECTIONS = {  # anchor: title, where it is not that of the table of this name; plots whose names begin so stand there too
+    "claims": "", "table1": "", "table2": "", "tests": "Paired tests", "table3": "Table 3. Queries before and after",
+    "table4": "Table 4. Does it crop when it should?", "kinds": "", "curve": "Operating curve", "extensions": "",
+    "table5": "", "figure2": "Figure 2. Margin before and after", "table6": "", "table7": "", "table8": "",
+    "table9": "", "training": "Training", "pools": "Pools", "run": "Run"}
+
 
 def headline(run, found):
     """[(number, what it is)]: the few that somebody in a hurry came for."""
@@ -607,35 +529,26 @@ def fact_table(name, title, facts):
 def page(run, tables, drawn, cases, found):
     """The whole report as one HTML file without scripts and without anything to load. cases: {section: [Case]}."""
     named, args = {table.name: table for table in tables}, run.config.get("args", {})
-    sections = [
-        ("claims", "The paper's claims, on this data", ["claims"], ""), ("table1", "", ["table1"], ""),
-        ("table2", "", ["table2"], ""), ("tests", "Paired tests", ["tests"], ""),
-        ("table3", "Table 3. Queries before and after", [] if cases["table3"] else ["table3"], ""),
-        ("table4", "", ["table4"], "table4"), ("kinds", "", ["kinds"], ""), ("curve", "Operating curve", [], "curve"),
-        ("extensions", "", ["extensions"], ""), ("table5", "", ["table5"], ""),
-        ("figure2", "Figure 2. Margin before and after", [], "figure2"),
-        *((name, "", [name], "") for name in ("table6", "table7", "table8", "table9")),
-        ("training", "Training", [], "training"), ("pools", "Pools", [], ""), ("run", "Run", [], "")]
-    content = [{"name": name, "title": title or (named[name].title if name in named else ""),
-                "tables": [named[key] for key in keys if key in named],
-                "plots": [plot for plot in drawn if prefix and plot.name.startswith(prefix)],
-                "cases": cases.get(name, []),
-                "folded": [fact_table("evaluation", "Evaluation: metrics.json", run.metrics),
-                           fact_table("training", "Training: config.json", {
-                               **{k: v for k, v in run.config.items() if k != "args"}, **args})] if name == "run" else []}
-               for name, title, keys, prefix in sections]
+    trained = {key: value for key, value in run.config.items() if key != "args"} | args
+    folded = {"run": [fact_table("evaluation", "Evaluation: metrics.json", run.metrics),
+                      fact_table("training", "Training: config.json", trained)]}
+    sections = [{"name": name, "title": title or named[name].title, "cases": cases.get(name, []),
+                 "table": None if cases.get(name) else named.get(name), "folded": folded.get(name, []),
+                 "plots": [plot for plot in drawn if plot.name.startswith(name)]}
+                for name, title in SECTIONS.items() if title or name in named]
     # Undefined names stop it, so the template cannot show an empty place for what it no longer gets.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
                                      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"plain": plain, "uri": plots.data_uri}
+    subtitle = (f"{run.args.split} split of {run.metrics.get('data', '?')}: {len(run.study.clusters)} queries about "
+                f"{run.study.clusters.max() + 1} entities, K = {len(run.rows['full'][0]['labels'])} candidates, scorer "
+                f"{run.metrics.get('scorer', '?')}, policy {run.config.get('policy', '?')}, training seed "
+                f"{args.get('seed', '?')}")
     return environment.get_template("report.html.j2").render(
-        name=os.path.basename(os.path.normpath(run.args.run)), own=label("policy"), notes=run.notes,
+        name=os.path.basename(os.path.normpath(run.args.run)), subtitle=subtitle, own=label("policy"), notes=run.notes,
         facts=headline(run, found), badges={HOLDS: ("✓", "good"), FAILS: ("✗", "bad"), OPEN: ("?", "open")},
-        subtitle=f"{run.args.split} split of {run.metrics.get('data', '?')}: {len(run.study.clusters)} queries about "
-        f"{run.study.clusters.max() + 1} entities, K = {len(run.rows['full'][0]['labels'])} candidates, scorer "
-        f"{run.metrics.get('scorer', '?')}, policy {run.config.get('policy', '?')}, training seed {args.get('seed', '?')}",
-        sections=[section for section in content if any(section[key] for key in ("tables", "plots", "cases", "folded"))])
+        sections=[part for part in sections if part["table"] or part["cases"] or part["folded"] or part["plots"]])
 
 
 # -------------------------------------------------------------------------------------------------------------- stage
