@@ -48,34 +48,27 @@ from rewards import metrics, reward, summary
 from scorer import InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, write_json
 
 PRESETS = {
-    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts: on the paper's 4 GPUs --queries 16. The weight
-    # of the KL term is not printed there; the release has .1, but compares with a policy that is only 8 ranks away.
+    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts: on the paper's 4 GPUs, --queries 16. The KL
+    # term's weight is not printed there; the release has .1, but compares with a policy that is only 8 ranks away.
     "paper": dict(queries=4, group=8, epochs=2.0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
                   micro=1, eval_every=200, save_every=100),
-    # The stand-in is a thousand times smaller, so its LoRA takes larger steps. Its vision tower stays frozen: an image's
+    # The stand-in is a thousand times smaller: its LoRA takes larger steps. Its vision tower stays frozen, so image
     # features are computed once. Without dropout and KL it learns as well and faster.
     "mini": dict(queries=16, group=8, steps=120, lr=1e-3, warmup=10, dropout=0.0, targets="language",
                  beta=0.0, micro=16, eval_every=40, save_every=20),
 }
 
 
-
 def number(kind, least, below=math.inf):
     """An argparse type: an int or float of [least, below). NaN is neither."""
     def read(text):
         if not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"must be at least {least}" + f" and below {below}" * (below < math.inf))
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
         return kind(text)
     return read
 
 
-def above_0(text):
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return float(text)
-
-
-whole, share, least_1 = number(int, 0), number(float, 0), number(int, 1)
+whole, share, least_1, above_0 = number(int, 0), number(float, 0), number(int, 1), number(float, 1e-12)
 FLAGS = {  # group: (flag, type or choices, default, help); where the default is None, a preset or the policy has one
     "files": [
         ("data", str, "data/world", "folder that prepare.py wrote"),
@@ -91,7 +84,7 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("init-adapter", str, None, "folder of a LoRA to start from; KL is to the bare policy still"),
         ("system-prompt", str, None, "file with a text in place of the policy's own (Table 10)"),
         ("max-pixels", number(int, 28 * 28), None, "area that the policy's images are shrunk to; None = its own"),
-        ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1; with torchrun cpu or cuda")],
+        ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1; in torchrun cpu or cuda")],
     "r-GRPO (Sec. 3.4; rgrpo.py explains the readings)": [
         ("balance", ("force", "resample", "none"), "force", "how both decisions come into a group"),
         ("advantage", ("factored", "group", "conditional", "balanced"), "factored", "what a token is judged by"),
@@ -162,7 +155,6 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- the step
-
 def train_step(step, steps, opened, policy, optimizer, scorer, data, args):
     """One step of r-GRPO -> (numbers for log.jsonl, lines for samples.jsonl).
 
@@ -425,6 +417,9 @@ def sample_lines(step, query, group, earned, advantages):
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
+SHOWN = ("reward", "reward_full", "reward_region", "p_region", "malformed_rate", "kl", "grad_norm", "lr", "seconds",
+         "val_mrr", "val_cond_r1", "val_crop_rate")  # of a line of log.jsonl, to people
+
 
 def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
     """Steps start .. steps - 1 with their logs, evaluations and saves -> the signal that ended it early, or None."""
@@ -447,7 +442,8 @@ def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
                 if args.samples_every and step % args.samples_every == 0:
                     append(run / "samples.jsonl", samples)
                 left = (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1) / 60
-                tqdm.write(f"step {step + 1}/{steps}  {readable(log)}  {left:.1f} min left")
+                told = " ".join(f"{name} {log[name]:.3g}" for name in SHOWN if log.get(name) is not None)
+                tqdm.write(f"step {step + 1}/{steps}  {told}  {left:.1f} min left")
                 for name, value in log.items():
                     if board and isinstance(value, (int, float)):
                         board.add_scalar(name, value, step)
@@ -474,13 +470,6 @@ def validate(policy, scorer, data, args):
     labels, ranked, crops = map(np.array, zip(*gather(answers)))  # [Q, K], [Q, K], [Q]
     means = summary(metrics(ranked, labels))
     return {"val_mrr": means["MRR"], "val_cond_r1": means["CondR@1"], "val_crop_rate": float(crops.mean())}
-
-
-def readable(log):
-    """The numbers of a step that people look at, in one line."""
-    shown = ("reward", "reward_full", "reward_region", "p_region", "malformed_rate", "kl", "grad_norm", "lr", "seconds",
-             "val_mrr", "val_cond_r1", "val_crop_rate")
-    return " ".join(f"{name} {log[name]:.3g}" for name in shown if log.get(name) is not None)
 
 
 def memory_mb(device):
@@ -512,25 +501,23 @@ def try_largest(policy, data, args):
 
 @contextlib.contextmanager
 def listening():
-    """Yields the list of signals heard (SIGINT, SIGTERM): noted, so that the step goes on; a second one stops at once."""
+    """Yields the list of signals heard (SIGINT, SIGTERM): the first is noted, the step goes on; a second one acts."""
     heard, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def note(number, frame):
         heard.append(number)
-        restore()
+        for each, handler in before.items():
+            signal.signal(each, handler)
         # Not print: a signal may come in the middle of one.
         os.write(2, b"\ntrain.py: this step is finished and saved first; a second signal stops at once\n")
 
-    for number in before:
-        signal.signal(number, note)
     try:
+        for number in before:
+            signal.signal(number, note)
         yield heard
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_board(args, start):
@@ -547,13 +534,15 @@ def open_board(args, start):
 
 
 # --------------------------------------------------------------------------------------------------- the run's files
-
 def describe_run(args, data):
     """What config.json holds: all that decides the result, and on which pools."""
     where = ("resume", "device", "run", "data")  # not what: these may differ when a run is taken up again
     # The prompt's text itself: its file may change or go, and the adapter is of use under these words alone.
+    prompt = Path(args.system_prompt).read_text(encoding="utf-8") if args.system_prompt else None
+    if prompt is not None and not prompt.strip():  # a policy without instructions learns something: it would not show
+        raise InputError(f"--system-prompt {args.system_prompt}: the file is empty")
     return {"args": {k: v for k, v in vars(args).items() if k not in where}, "pools": data.identity, "data": args.data,
-            "policy": args.policy, "scorer": args.scorer, "system_prompt": read_prompt(args)}
+            "policy": args.policy, "scorer": args.scorer, "system_prompt": prompt}
 
 
 def check_run(run, config, resume):
@@ -621,7 +610,6 @@ def append(path, rows):
 
 
 # ------------------------------------------------------------------------------------------------- several processes
-
 def join_processes(args):
     """Join the processes that torchrun started, if it did; `--device cuda` becomes this process's own GPU."""
     count = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's variables; without it there is one process
@@ -663,7 +651,6 @@ def sum_gradients(parameters):
 
 
 # --------------------------------------------------------------------------------------------------------- the stage
-
 def open_data(args):
     """Scorer, train data, val data (None without evaluation)."""
     data = load_data(args.data, "train")  # before the scorer: a fault of the data should not wait for gigabytes
@@ -676,23 +663,12 @@ def open_data(args):
     return scorer, data, val
 
 
-def read_prompt(args):
-    """The text of --system-prompt, None where it is not given."""
-    if not args.system_prompt:
-        return None
-    prompt = Path(args.system_prompt).read_text(encoding="utf-8")
-    if not prompt.strip():  # a policy without instructions learns something, which hides the mistake
-        raise InputError(f"--system-prompt {args.system_prompt}: the file is empty")
-    return prompt
-
-
-def open_policy(args):
+def open_policy(args, prompt):
     """The policy with LoRA: fresh, or that of --init-adapter (not in a resumed run, which has later weights)."""
     # On a CPU the fused attention kernel's backward is slower than plain matrix products; on CUDA it is far faster.
     attention = "eager" if torch.device(args.device).type == "cpu" else "sdpa"
     try:
-        policy = load_policy(args.policy, None, args.device, args.policy_dtype, args.max_pixels, read_prompt(args),
-                             attention)
+        policy = load_policy(args.policy, None, args.device, args.policy_dtype, args.max_pixels, prompt, attention)
         policy.add_lora(args.rank, args.alpha, args.dropout, args.targets, args.seed)
         if args.init_adapter and not (args.resume and (Path(args.run) / "state.pt").exists()):
             policy.load_adapter(args.init_adapter)
@@ -722,7 +698,7 @@ def train(args):
             print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
             (run / "finished").touch()  # make asked because data/ is newer: up to date
             return 0
-        policy = open_policy(args)
+        policy = open_policy(args, config["system_prompt"])
         # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.
         optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
         start = load_state(run / "state.pt", policy, optimizer) if holds == "state" else 0
@@ -737,9 +713,9 @@ def train(args):
             write_json(run / "config.json", config)
             for name in ("log.jsonl", "samples.jsonl"):
                 keep_lines_before(run / name, start)
-            print(f"r-GRPO: {len(data)} training queries, steps {start} .. {steps} of {args.queries} queries x {args.group} "
-                  f"rollouts, {sum(p.numel() for p in policy.lora_parameters()):,} LoRA weights, on {args.device}"
-                  + f" and {process()[1] - 1} more" * (process()[1] > 1))
+            weights = sum(parameter.numel() for parameter in policy.lora_parameters())
+            print(f"r-GRPO: {len(data)} training queries, steps {start} to {steps} of {args.queries} queries x "
+                  f"{args.group} rollouts, {weights:,} LoRA weights, on {process()[1]} x {args.device}")
         stopped = run_steps(start, steps, policy, optimizer, scorer, data, val, args)
         if first and stopped:
             print(f"train.py: stopped by {signal.Signals(stopped).name} after a whole step, which is saved: go on with "

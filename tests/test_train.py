@@ -24,11 +24,10 @@ import evaluate
 import rgrpo
 import tiny_policy
 import train
-from policy import Action, Tree, cache_memory, load_policy, saved_activations
+from policy import Action, load_policy
 from scorer import (
-    POOL_VERSION, EvaClip, EvaClipConfig, Query, crop, load_data, load_scorer, write_array, write_json, write_pool,
+    EvaClip, EvaClipConfig, InputError, Query, crop, load_data, load_scorer, write_array, write_json, write_split,
 )
-from tools import rerank
 
 K, TRAIN, VAL = 4, 6, 3  # candidates, train queries, val queries
 # What a line of log.jsonl may hold. README.md defines each; `train.py` adds none in silence.
@@ -46,41 +45,46 @@ def noise(rng, side):
     return Image.fromarray(rng.integers(0, 256, (*side[::-1], 3), dtype=np.uint8))
 
 
-def build_data(folder, scorer, val_positive=2):
+def build_data(folder, scorer):
     """data/ as prepare.py writes it: noise images of 84 x 56 pixels, candidates 0 .. 5, positives in turn."""
     (folder / "raw").mkdir()
     (folder / "data").mkdir()
     data, rng = folder / "data", np.random.default_rng(0)
     entities = scorer.image_features([noise(rng, (28, 28)) for _ in range(6)])
-    for split, count, positives in (("train", TRAIN, TRAIN), ("val", VAL, val_positive)):
+    for split, count, positives in (("train", TRAIN, TRAIN), ("val", VAL, 2)):
         images = [noise(rng, (84, 56)) for _ in range(count)]
         for i, image in enumerate(images):
             image.save(folder / f"raw/{split}{i}.png")
-        pools = [sorted(rng.permutation(6)[:K].tolist()) for _ in range(count)]
-        write_pool(data / f"{split}.jsonl", [
-            Query(f"{split}-{i}", f"{split}{i}.png", f"What is this, {i}?", pool, pool,
-                  [int(k == i % K and i < positives) for k in range(K)], [.9, .8, .7, .6])
-            for i, pool in enumerate(pools)])
-        write_array(data / f"{split}_full.npy", scorer.image_features(images).astype(np.float16))
+        pools = np.array([sorted(rng.permutation(6)[:K].tolist()) for _ in range(count)])  # [Q, K]
+        labels = np.array([[k == i % K and i < positives for k in range(K)] for i in range(count)])
+        queries = [Query(f"{split}-{i}", f"{split}{i}.png", f"What is this, {i}?", []) for i in range(count)]
+        write_split(data, split, queries, pool=pools, pool_image=pools, labels=labels,
+                    retrieval=np.tile([.9, .8, .7, .6], (count, 1)), full=scorer.image_features(images))
     (data / "kb.jsonl").write_text("".join(json.dumps({"entity_id": str(j)}) + "\n" for j in range(6)))
     write_array(data / "kb_image.npy", entities.astype(np.float16))
     write_array(data / "kb_text.npy", (0.2 * rng.standard_normal(entities.shape)).astype(np.float16))
     write_array(data / "kb_entity.npy", np.arange(6, dtype=np.int32))
     files = {path.name: {"bytes": path.stat().st_size, "sha256": path.name} for path in sorted(data.iterdir())}
     write_json(data / "manifest.json", {
-        "version": POOL_VERSION, "dataset": "noise", "root": "../raw", "args": {}, "scorer": scorer.identity,
-        "scorer_name": scorer.name, "K": K, "dim": scorer.dim, "files": files, "packages": {},
-        "splits": {"train": {}, "val": {}}, "kb": {"entries_read": 6, "kept": 6, "images": 6, "dropped": {}}})
+        "version": 2, "dataset": "noise", "root": "../raw", "args": {}, "K": K, "dim": scorer.dim, "files": files,
+        "scorer": {"name": scorer.name, "dtype": "float32", "fingerprint": scorer.fingerprint().tolist()},
+        "packages": {}, "splits": {"train": {}, "val": {}}, "kb": {}})
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A folder with policy/, scorer/, data/ and prompt.txt; tests read it and change nothing."""
     torch.set_num_threads(1)
+    # tqdm's own lock is a semaphore that forks share: a child killed while it draws a bar would keep it for good.
+    tqdm.set_lock(threading.RLock())
     folder = tmp_path_factory.mktemp("train")
     tiny_policy.build(folder / "policy")
-    EvaClip(EvaClipConfig(embed_dim=8, image_size=28, width=16, layers=1, head_width=8, context=8, vocab=600,
-                          text_width=8, text_heads=2, text_layers=1)).init_weights().save(folder / "scorer")
+    clip = EvaClip(EvaClipConfig(embed_dim=8, image_size=28, width=16, layers=1, head_width=8, context=8, vocab=600,
+                                 text_width=8, text_heads=2, text_layers=1))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for p in clip.parameters() if p.dim() > 1):
+        parameter.data.normal_(0, 0.3, generator=generator)
+    clip.save(folder / "scorer")
     (folder / "prompt.txt").write_text("Crop or not?")  # the real one has hundreds of tokens
     build_data(folder, load_scorer(str(folder / "scorer")))
     return folder
@@ -103,7 +107,7 @@ class Counting:
     """A scorer that writes down what it encodes."""
 
     def __init__(self, scorer):
-        self.scorer, self.identity, self.seen = scorer, scorer.identity, []
+        self.scorer, self.seen = scorer, []
 
     def image_features(self, images):
         self.seen += images
@@ -130,13 +134,24 @@ def new_policy(home, dropout=0.0, targets="language", away=0.0, seed=0):
     return policy
 
 
+def opened(policy, data, rows, longest=8192):
+    """Prompts of some training queries, as a step opens them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "queries_of_step", lambda *_: list(rows))
+        return train.open_step(0, policy, data, SimpleNamespace(queries=0, seed=0, max_prompt_tokens=longest))[4]
+
+
+def actions_of(groups):
+    return [[c.action for c in group] for group in groups]
+
+
 def drawn(policy, data, args, rows=range(4), rewards=None):
     """Prompts, groups, counts and advantages of some queries. rewards(b, n) stands in for the scorer's."""
-    _, prompts = train.open_queries(policy, data, list(rows), 8192)
+    prompts = opened(policy, data, rows)
     groups, counts = train.sample_groups(policy, prompts, [(0, 0, row) for row in rows], args)
     rewards = rewards or (lambda b, n: math.sin(3 * b + 5 * n))
     totals = [{"total": np.array([rewards(b, n) for n in range(len(group))])} for b, group in enumerate(groups)]
-    return prompts, groups, counts, train.judge(groups, counts, totals, args)
+    return prompts, groups, counts, train.judge(actions_of(groups), counts, totals, args)
 
 
 def gradient(policy, prompts, groups, advantages, args, step=None):
@@ -211,29 +226,38 @@ def test_order_depends_on_epoch_and_seed():
     assert len(orders) == 9
 
 
-def test_a_query_that_comes_twice_in_a_step_has_two_seeds():
-    assert train.seeds_of_step(3, [5, 2, 5, 5], 10, 1) == [(1, 3, 5), (1, 3, 2), (1, 3, 15), (1, 3, 25)]
+def test_a_query_that_comes_twice_in_a_step_has_two_seeds(home, data, monkeypatch):
+    monkeypatch.setattr(train, "queries_of_step", lambda *_: [5, 2, 5, 5])
+    args = SimpleNamespace(queries=4, seed=1, max_prompt_tokens=8192)
+    rows, seeds, queries, images, prompts = train.open_step(3, new_policy(home), data, args)
+    assert rows == [5, 2, 5, 5] and seeds == [(1, 3, 5), (1, 3, 2), (1, 3, 11), (1, 3, 17)]  # 5 + 6, 5 + 2 * 6
+    assert [query.query_id for query in queries] == ["train-5", "train-2", "train-5", "train-5"]
+    assert len(images) == len(prompts) == 4 and prompts[0].ids.tolist() == prompts[2].ids.tolist()
 
 
-@pytest.mark.parametrize("more, count, wanted", [
-    (["--epochs", "2", "--queries", "4"], 5, 3),     # 10 / 4, the last step filled up
-    (["--epochs", "0.7", "--queries", "1"], 10, 7),  # .7 * 10 is 7.000000000000001
-    (["--steps", "9"], 5, 9),
+@pytest.mark.parametrize("more, wanted", [
+    (["--epochs", "2", "--queries", "4"], 3),       # 2 * 6 / 4
+    (["--epochs", "1", "--queries", "4"], 2),       # 6 / 4: the last step is filled up
+    (["--epochs", "0.35", "--queries", "1"], 3),    # 2.1
+    (["--epochs", str(.7 / 6 * 10), "--queries", "1"], 7),  # a little above 7 in floating point
 ])
-def test_steps_of(home, more, count, wanted):
-    base = flags(home)
+def test_epochs_are_steps(home, tmp_path, monkeypatch, more, wanted):
+    base, asked = flags(home, tmp_path / "run"), []
     at = base.index("--steps")
-    assert train.steps_of(train.parse_args(base[:at] + base[at + 2:] + more), count) == wanted
+    monkeypatch.setattr(train, "run_steps", lambda start, steps, *rest: asked.append(steps))
+    train.main(base[:at] + base[at + 2:] + more)
+    assert asked == [wanted] and train.parse_args(base[:at] + base[at + 2:] + more).steps is None
 
 
 def test_presets():
     paper, mini = train.parse_args(["--preset", "paper"]), train.parse_args([])
     # App. B; two of its numbers are defaults of either preset.
-    assert (paper.group, paper.lr, paper.warmup, paper.queries, paper.epochs, paper.steps) == (8, 5e-5, 50, 4, 2, 0)
+    assert (paper.group, paper.lr, paper.warmup, paper.queries, paper.epochs, paper.steps) == (8, 5e-5, 50, 4, 2, None)
     assert (paper.rank, paper.alpha, paper.dropout, paper.targets) == (8, 32, 0.1, "all")
     assert (mini.max_prompt_tokens, mini.max_new_tokens, mini.reward_weights) == (8192, 256, [.2, .2, .2, .4])
-    assert mini.steps > 0 and train.parse_args(["--epochs", "1"]).steps == 0  # what was asked for wins over the preset
-    assert train.parse_args(["--preset", "paper", "--steps", "3"]).steps == 3
+    assert mini.steps > 0 and train.parse_args(["--epochs", "1"]).steps is None  # what was asked for wins
+    both = train.parse_args(["--preset", "paper", "--steps", "3"])
+    assert both.steps == 3 and both.epochs is None
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys):
@@ -243,12 +267,14 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
 
 
 @pytest.mark.parametrize("more, complaint", [
-    (["--group", "1"], "--group must be at least 2"), (["--micro", "0"], "--micro must be at least 1"),
-    (["--samples-every", "-1"], "--samples-every must be"), (["--val-queries", "0"], "--val-queries must be"),
-    (["--seed", "-1"], "--seed must be"), (["--temperature", "0"], "--temperature must be above 0"),
-    (["--lr", "nan"], "--lr must be above 0"), (["--beta", "nan"], "--beta must be"), (["--dropout", "1"], "--dropout"),
-    (["--steps", "0"], "give --steps or --epochs"), (["--steps", "3", "--epochs", "1"], "not allowed with"),
-    (["--max-pixels", "783"], "--max-pixels must be at least 784"),
+    (["--group", "1"], "--group: must be at least 2"), (["--micro", "0"], "--micro: must be at least 1"),
+    (["--samples-every", "-1"], "--samples-every: must be"), (["--val-queries", "0"], "--val-queries: must be"),
+    (["--seed", "-1"], "--seed: must be"), (["--temperature", "0"], "--temperature: must be at least 1e-12"),
+    (["--lr", "nan"], "--lr: must be"), (["--beta", "nan"], "--beta: must be"), (["--lr", "inf"], "--lr: must be"),
+    (["--dropout", "1"], "--dropout: must be at least 0 and below 1"), (["--steps", "0"], "--steps: must be"),
+    (["--steps", "3", "--epochs", "1"], "give one of them"), (["--max-pixels", "783"], "must be at least 784"),
+    (["--steps", "1.5"], "--steps: invalid"), (["--balance", "half"], "invalid choice: 'half'"),
+    (["--reward-weights", "1", "2", "3"], "--reward-weights: expected 4"), (["--wandb"], "expected one argument"),
     (["--decision-weight", "pi", "--decode", "free"], "--decision-weight pi needs"),
     (["--decision-weight", "pi", "--advantage", "group"], "--decision-weight pi needs"),
 ])
@@ -287,8 +313,8 @@ def test_resample_draws_anew_what_is_missing_and_nothing_else(home, data, settin
     monkeypatch.setattr(policy, "rollout", lambda prompts, *rest, roll=policy.rollout, **more:
                         asked.append(len(prompts)) or roll(prompts, *rest, **more))
     rows = [0, 1, 2, 3, 4, 5] * 3
-    seeds = train.seeds_of_step(0, rows, TRAIN, 0)
-    _, prompts = train.open_queries(policy, data, rows, 8192)
+    seeds = [(0, 0, i) for i in range(18)]
+    prompts = opened(policy, data, rows)
     plain, counts = train.sample_groups(policy, prompts, seeds, settings("--balance", "none", "--group", "3"))
     groups, _ = train.sample_groups(policy, prompts, seeds, settings("--balance", "resample", "--group", "3"))
     assert counts == [[1] * 3] * 18 and not any(c.forced_decision for group in plain for c in group)
@@ -325,16 +351,16 @@ ACTIONS = [[acted("FULL"), acted("REGION", (0.0, 0.0, 30.0, 20.0)), acted("REGIO
 def test_score_views_equals_the_formula_and_encodes_only_what_is_new(data, scorer):
     rows = [4, 0, 2]
     images = [data.open_image(row) for row in rows]
-    found = train.score_views(data, scorer, rows, images, ACTIONS)
+    pairs = train.score_views(data, scorer, rows, images, ACTIONS)
     # Boxes of query 0: two different ones; query 2 has a box like one of them, but on another image.
     assert len(scorer.seen) == 3 and not {(84, 56)} & {image.size for image in scorer.seen}
-    for row, image, group, scores in zip(rows, images, ACTIONS, found):
-        assert scores.shape == (len(group), K)
-        for action, line in zip(group, scores):
+    for row, image, group, (whole, scores) in zip(rows, images, ACTIONS, pairs, strict=True):
+        assert scores.shape == (len(group), K) and whole.shape == (K,)
+        for action, line in [*zip(group, scores), (acted("FULL"), whole)]:
             view = data.full[row].astype(float)
             if action.decision == "REGION":
                 view = scorer.scorer.image_features([crop(image, action.box)])[0].astype(float)
-            for candidate, score in zip(data.queries[row].pool, line):  # Eq. 3: image + text, here of one image each
+            for candidate, score in zip(data.pool[row], line):  # Eq. 3: image + text, here of one image each
                 c = data.kb_image[candidate].astype(float) + data.kb_text[candidate].astype(float)
                 assert score == pytest.approx(view @ c / np.linalg.norm(view) / np.linalg.norm(c), abs=1e-6)
 
@@ -346,24 +372,22 @@ def test_a_step_of_full_images_encodes_nothing(data, scorer):
 
 def test_rewards_of_a_group(data, scorer, settings):
     """FULL pays 1 where the full image is right (Eq. 8), MALFORMED costs eta, equal boxes earn the same."""
-    groups = [[SimpleNamespace(action=a) for a in ACTIONS[0]]]
     for row in range(TRAIN):
-        image = data.open_image(row)
-        (found,) = train.reward_groups(data, scorer, [row], [image], groups, settings("--eta", "0.7"))
-        full = (data.full[row].astype(float) @ data.candidates(row).T).argmax() == np.argmax(data.queries[row].labels)
+        views = train.score_views(data, scorer, [row], [data.open_image(row)], ACTIONS[:1])
+        (found,) = train.reward_groups(data, [row], ACTIONS[:1], views, settings("--eta", "0.7"))
+        full = (data.full[row].astype(float) @ data.candidates(row).T).argmax() == np.argmax(data.labels[row])
         assert found["total"][[0, 4, 5]].tolist() == [float(full), -0.7, float(full)]
         assert found["total"][1] == found["total"][3] != found["total"][2]
 
 
 def test_judge_pads_short_groups_with_weight_0(settings):
     args = settings()
-    groups = [[SimpleNamespace(action=a) for a in group] for group in ACTIONS]
     totals = [{"total": np.array([1, .3, -.2, .3, -1, 1])}, {"total": np.array([0., 0.])}, {"total": np.array([.5])}]
-    together = train.judge(groups, [[1] * 6, [2, 1], [1]], totals, args)
+    together = train.judge(ACTIONS, [[1] * 6, [2, 1], [1]], totals, args)
     assert [table.shape for table in together] == [(3, 6)] * 3
     assert together[2].tolist() == [[1] * 6, [2, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
     for b, counts in enumerate(([1] * 6, [2, 1], [1])):
-        alone = train.judge(groups[b:b + 1], [counts], totals[b:b + 1], args)
+        alone = train.judge(ACTIONS[b:b + 1], [counts], totals[b:b + 1], args)
         for table, single in zip(together, alone):
             assert torch.equal(table[b, :len(counts)], single[0]) and not table[b, len(counts):].any()
 
@@ -372,11 +396,11 @@ DELTAS = ("mrr", "ndcg", "rank", "margin")
 
 
 def test_describe_by_hand():
-    groups = [[SimpleNamespace(action=Action(d, None, p, "")) for d in kinds]
-              for kinds, p in ((("FULL", "REGION", "REGION"), .2), (("REGION", "MALFORMED"), .6))]
+    groups = [[Action(d, None, p, "") for d in kinds] for kinds, p in (
+        (("FULL", "REGION", "REGION"), .2), (("REGION", "MALFORMED"), .6))]
     rewards = [{"total": np.array([1, .5, -.5]), **{f"d_{k}": np.array([0, .4, -.1]) for k in DELTAS}},
                {"total": np.array([.3, -1]), **{f"d_{k}": np.array([.6, 0]) for k in DELTAS}}]
-    log = train.describe(train.tell(groups, [[4, 1, 1], [1, 1]], rewards))
+    log = train.describe(groups, [[4, 1, 1], [1, 1]], rewards)
     # 8 rollouts: 4 of FULL earn 1, three REGION .5, -.5 and .3, one MALFORMED -1: 4 + .3 - 1 = 3.3.
     wanted = {"reward": 3.3 / 8, "full_rate": .5, "region_rate": 3 / 8, "malformed_rate": 1 / 8, "reward_full": 1.0,
               "reward_region": .1, **{f"d_{k}": .3 for k in DELTAS}, "p_region": .4}
@@ -384,10 +408,9 @@ def test_describe_by_hand():
 
 
 def test_describe_says_nothing_about_what_did_not_happen():
-    group = [SimpleNamespace(action=Action("FULL", None, None, ""))]
-    log = train.describe(train.tell([group], [[1]], [{"total": np.array([1.0])}]))
-    assert log == {"reward": 1, "full_rate": 1, "region_rate": 0, "malformed_rate": 0, "reward_full": 1,
-                   "p_region": None}
+    earned = {"total": np.array([1.0]), **{f"d_{k}": np.zeros(1) for k in DELTAS}}
+    assert train.describe([[Action("FULL", None, None, "")]], [[1]], [earned]) == {
+        "reward": 1, "full_rate": 1, "region_rate": 0, "malformed_rate": 0, "reward_full": 1, "p_region": None}
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------
@@ -406,17 +429,6 @@ def test_micro_batches_change_nothing(home, data, settings, norm, beta):
         assert close(found, wanted)
         # abs: at the first inner step the loss is 0 up to rounding (advantages of a group add up to 0).
         assert parts == pytest.approx(numbers, rel=1e-4, abs=2e-5)
-
-
-def test_merge_passes_by_hand():
-    one = {"loss": .1, "kl": .4, "clip_fraction": 0., "ratio_max": 1.5, "logp_gap": .1, "size": 30, "entropy": 1.,
-           "decisions": 5}
-    two = {"loss": .3, "kl": .8, "clip_fraction": .5, "ratio_max": 1.2, "logp_gap": .2, "size": 10, "entropy": 2.,
-           "decisions": 1}
-    # kl (30 * .4 + 10 * .8) / 40, entropy 3 / 6, loss (.1 + .3) / 1 inner step
-    assert train.merge_passes([one, two], 1) == pytest.approx({
-        "loss": .4, "kl": .5, "clip_fraction": .125, "ratio_max": 1.5, "logp_gap": .2, "decision_entropy": .5})
-    assert train.merge_passes([one, two], 2)["loss"] == pytest.approx(.2)
 
 
 @pytest.mark.parametrize("mode", ["factored", "group"])
@@ -447,7 +459,7 @@ def test_a_weighted_full_answer_equals_as_many_rollouts(home, data, settings):
     repeated = [[group[0]] * 3 + group[1:] for group in groups]
     assert counts[0] == [3, 1, 1, 1] and len(repeated[0]) == 6
     totals = [{"total": np.array([math.sin(3 * b + 5 * max(n - 2, 0)) for n in range(6)])} for b in range(4)]
-    plain = train.judge(repeated, [[1] * 6] * 4, totals, args)
+    plain = train.judge(actions_of(repeated), [[1] * 6] * 4, totals, args)
     assert all(torch.allclose(a[:, 0], b[:, 2]) and torch.allclose(a[:, 1:], b[:, 3:])
                for a, b in zip(advantages[:2], plain))
     for norm in ("sequence", "token"):
@@ -557,7 +569,7 @@ def test_checkpointing_changes_memory_and_nothing_else(home, data, settings, dro
     found = []
     for more in ((), ("--checkpointing",)):
         args = settings("--targets", "all", "--dropout", str(dropout), "--beta", "0.1", *more)
-        policy = train.open_policy(args)
+        policy = train.open_policy(args, "Crop or not?")
         for parameter in policy.lora_parameters():  # away from B = 0, where A has no gradient
             parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
         prompts, groups, _, advantages = drawn(policy, data, args)
@@ -571,114 +583,16 @@ def test_checkpointing_changes_memory_and_nothing_else(home, data, settings, dro
     assert little < much / 4
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
 def test_policy_in_bfloat16(home, tmp_path):
-    """Frozen weights in bfloat16, LoRA in float32; such a run trains, and evaluate.py reads its dtype in config.json."""
+    """Frozen weights in bfloat16, LoRA in float32; such a run trains, and its config.json says so to evaluate.py."""
     arguments = flags(home, tmp_path / "run", "--policy-dtype", "bfloat16", "--dropout", "0")
-    policy = train.open_policy(train.parse_args(arguments))
+    policy = train.open_policy(train.parse_args(arguments), "Crop or not?")
     assert policy.model.dtype == torch.bfloat16 and {p.dtype for p in policy.lora_parameters()} == {torch.float32}
     train.main(arguments)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 4 and all(math.isfinite(line["loss"]) and line["logp_gap"] < .1 for line in log)
     assert any(line["grad_norm"] > 0 for line in log)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["policy_dtype"] == "bfloat16"
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("targets, dropout", [("language", 0.0), ("all", 0.0), ("language", 0.3), ("all", 0.3)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_saved_activations_equal_what_autograd_keeps(home, data, settings, attention, targets, dropout, checkpointing):
-    args = settings("--targets", targets, "--dropout", str(dropout), *["--checkpointing"] * checkpointing)
-    policy = train.open_policy(args)
-    policy.model.set_attn_implementation(attention)
-    prompts, groups, _, _ = drawn(policy, data, args, range(2))
-    policy.train()
-    found = saved_bytes(policy, lambda: policy.log_probs(prompts, groups))
-    trees = [Tree([c.ids for c in group], [int(np.flatnonzero(c.free).max()) for c in group]) for group in groups]
-    length = max(len(p.ids) + len(tree.tokens) for p, tree in zip(prompts, trees))
-    wanted = saved_activations(policy.model.config, policy.lora, 2, length, len(prompts[0].pixel_values), 4,
-                               attention == "sdpa", targets == "all", checkpointing, cuda=False)
-    # A checkpoint holds the mask as an argument, which is not counted as saved; "again" comes in the backward pass.
-    counted = wanted["language"] + wanted["tower"] + (0 if checkpointing else wanted["mask"])
-    assert counted == pytest.approx(found, rel=0.2)
-    assert (wanted["tower"] > 0) == (targets == "all") and (wanted["again"] > 0) == checkpointing
-
-
-def test_cache_memory_equals_a_cache(home, data):
-    policy = new_policy(home)
-    _, prompts = train.open_queries(policy, data, [0, 1], 8192)
-    with torch.no_grad():
-        _, _, rows = policy._prefill(prompts, [[]] * 2)
-    kept = sum(t.numel() * t.element_size() for layer in rows.cache.layers for t in (layer.keys, layer.values))
-    assert cache_memory(policy.model.config, 2, max(len(p.ids) for p in prompts), 4) == kept
-
-
-def test_longest_prompt_bounds_all(home, data, monkeypatch):
-    policy = new_policy(home)
-    data.queries[4].question += " And how tall, in metres?"
-    _, prompts = train.open_queries(policy, data, range(TRAIN), 8192)
-    opened = []
-    monkeypatch.setattr(train.Image, "open", lambda path, plain=Image.open: opened.append(path) or plain(path))
-    tokens, patches, side = train.longest_prompt(policy, data)
-    longest = max(len(p.ids) for p in prompts)
-    # A question's tokens alone and in its place may differ by one where they meet what surrounds them.
-    assert (patches, side) == (24, 84) and len(opened) == TRAIN  # 84 x 56 pixels are 6 x 4 patches
-    assert longest <= tokens <= longest + 2
-    # At the cap the first image says all: 2 x 28 x 28 pixels are 8 patches of 14 x 14.
-    policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}
-    assert train.longest_prompt(policy, data)[1] == 8 and len(opened) == TRAIN + 1
-
-
-def test_longest_prompt_leaves_broken_images_to_the_step(home, data, tmp_path):
-    bomb = tmp_path / "bomb.png"
-    Image.new("1", (20000, 20000)).save(bomb)  # its header is enough for Pillow to refuse it
-    data.queries[0].image, data.queries[1].image, data.queries[2].image = "nowhere.png", "../prompt.txt", str(bomb)
-    assert train.longest_prompt(new_policy(home), data)[1] == 24
-
-
-def test_forecast_moves_with_its_causes(home, scorer, settings):
-    def forecast(*more):
-        args = settings("--queries", "4", *more)
-        stays, comes = train.memory_forecast(train.open_policy(args), scorer.scorer, args, 500, 100, 140)
-        return {**stays, **comes}
-
-    plain = forecast()
-    policy = load_policy(str(home / "policy"))
-    assert plain["policy"] == sum(4 * p.numel() for p in policy.model.parameters())
-    assert plain["scorer"] == sum(4 * p.numel() for p in scorer.scorer.model.parameters())
-    assert forecast("--rank", "16")["LoRA, its gradient and Adam's two moments"] == 2 * plain[
-        "LoRA, its gradient and Adam's two moments"]
-    for more, row in ((("--micro", "1"), "update"), (("--checkpointing",), "update"), (("--queries", "2"), "rollout"),
-                      (("--targets", "language", "--dropout", "0"), "update")):
-        assert forecast("--targets", "all", "--dropout", "0.1")[row] > forecast(
-            "--targets", "all", "--dropout", "0.1", *more)[row]
-    assert "evaluation" not in forecast("--eval-every", "0")
-    # Free answers that are forced to begin with FULL and with REGION read the prompt once for each.
-    assert forecast("--decode", "free")["rollout"] > forecast("--decode", "free", "--balance", "none")["rollout"]
-
-
-@pytest.mark.parametrize("room, fits", [(2**40, True), (2**20, False)])
-def test_card_that_is_too_small_is_refused_with_a_remedy(home, data, scorer, settings, monkeypatch, room, fits):
-    policy, args = new_policy(home), settings("--micro", "2", "--eval-every", "0")
-    on_card = SimpleNamespace(model=policy.model, lora=policy.lora, lora_parameters=policy.lora_parameters,
-                              grammar=policy.grammar, tower_adapted=False, processor=policy.processor,
-                              prompts=policy.prompts, device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room, 2**40))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**10)
-    if fits:
-        lines, peak = train.check_memory(on_card, scorer.scorer, data, args)
-        assert f"{peak / 2**20:,.1f} MiB  at the peak, update" in lines[-1]
-        return
-    with pytest.raises(ValueError, match=r"cuda:0 has 1.0 MiB for it.*--checkpointing.*--max-pixels"):
-        train.check_memory(on_card, scorer.scorer, data, args)
-
-
-def test_forecast_beside_the_measured_step():
-    assert train.measured_memory({"step": 4, "memory_mb": 1234.5}, 2**30, torch.device("cuda", 1)) == [
-        "memory: 1,234.5 MiB at the peak of step 5, 1,024.0 MiB were forecast"]
-    assert train.measured_memory({"step": 4, "memory_mb": 1234.5}, 2**30, torch.device("cpu")) == []
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -688,7 +602,7 @@ def test_forecast_beside_the_measured_step():
 def test_one_query_is_learned(home, data, settings, full, rightwards):
     """REGION earns its x1 (or minus it) as a share of the width, FULL always less (or always more)."""
     policy, args = new_policy(home), settings("--group", "16")
-    _, prompts = train.open_queries(policy, data, [1], 8192)
+    prompts = opened(policy, data, [1])
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=0.01, weight_decay=0.0)
     p_region, x1 = [], []
     for step in range(25):
@@ -696,7 +610,7 @@ def test_one_query_is_learned(home, data, settings, full, rightwards):
         place = np.array([c.action.box[0] / 84 if c.action.box else 0.0 for c in groups[0]])
         total = np.where(place, place if rightwards else -place, 0.0)
         total[0] = full
-        advantages = train.judge(groups, counts, [{"total": total}], args)
+        advantages = train.judge(actions_of(groups), counts, [{"total": total}], args)
         train.update(policy, optimizer, prompts, groups, advantages, args, ["q"])
         p_region.append(groups[0][0].action.p_region)
         x1.append(place[1:].mean())
@@ -716,7 +630,7 @@ def test_validate_equals_one_query_at_a_time(home, scorer, settings, monkeypatch
         crops += action.decision == "REGION"
         view = scorer.image_features([crop(val.open_image(row), action.box)])[0] if action.box else val.full[row]
         scores = val.candidates(row) @ view.astype(np.float32)
-        ranks.append(1 + int((scores > scores[np.argmax(val.queries[row].labels)]).sum()))
+        ranks.append(1 + int((scores > scores[np.argmax(val.labels[row])]).sum()))
     assert found == {"val_mrr": pytest.approx(np.mean([1 / rank for rank in ranks])), "val_crop_rate": crops / 2,
                      "val_cond_r1": pytest.approx(np.mean([rank == 1 for rank in ranks]))}
     # Evaluated as trained: free text stays free text. And more val queries than there are is all of them.
@@ -763,23 +677,21 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 
 def test_answers_are_as_long_as_the_run_allows_wherever_they_are_asked_for(home, tmp_path):
-    """While training, in its evaluations (no flag of theirs), in evaluate.py and in tools/rerank.py."""
+    """While training, in its evaluations (no flag of theirs), and in evaluate.py."""
     free = ("--decode", "free", "--max-new-tokens", "5", "--steps", "1", "--eval-every", "0")
-    assert train.open_policy(train.parse_args(flags(home, "run", *free))).max_new_tokens == 5
+    assert train.open_policy(train.parse_args(flags(home, "run", *free)), None).max_new_tokens == 5
     train.main(flags(home, tmp_path / "run", *free))
     config = json.loads((tmp_path / "run/config.json").read_text())
     args = evaluate.parse_args(["--run", str(tmp_path / "run"), "--device", "cpu"])
     assert evaluate.open_policy(f"{home}/policy", config, args, trained=True).max_new_tokens == 5
-    args = rerank.parse_args(["--run", str(tmp_path / "run"), "--device", "cpu", "--query", "train-0"])
-    assert rerank.open_models(args).policy.max_new_tokens == 5
 
 
 def test_a_run_leaves_what_it_promises(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert {"args", "manifest_sha256", "pools", "policy", "scorer", "data", "system_prompt"} == set(config)
+    assert {"args", "pools", "policy", "scorer", "data", "system_prompt"} == set(config)
     assert config["args"]["steps"] == 4 and config["args"]["max_prompt_tokens"] == 8192
     assert {path.name for path in finished.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "state.pt",
-                                                          "adapter", "lock"}
+                                                          "adapter", "finished", "lock"}
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3  # FULL once, REGION twice
     assert {"query_id", "question", "text", "decision", "box", "p_region", "forced", "reward", "decision_advantage",
@@ -808,7 +720,7 @@ def test_resumed_run_equals_an_unbroken_one(home, finished, tmp_path, monkeypatc
     monkeypatch.setattr(train, "train_step", killed)
     with pytest.raises(SystemExit):
         train.main(flags(home, run, *DROPOUT))
-    assert len(read_log(run)) == 3 and not (run / "adapter").exists()  # steps 0 and 1 are in state.pt, step 2 is lost
+    assert len(read_log(run)) == 3 and not (run / "finished").exists()  # steps 0 and 1 are in state.pt, step 2 is lost
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 3, "reward": 0.5}'[:17])
     monkeypatch.setattr(train, "train_step", whole)
@@ -824,7 +736,8 @@ def test_another_seed_gives_other_numbers_and_the_same_seed_the_same(home, data,
         args = settings("--seed", str(seed), "--dropout", "0.2")
         policy = new_policy(home, dropout=0.2, seed=seed)
         optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=0.01, weight_decay=0.0)
-        log, samples = train.train_step(0, 4, train.open_step(0, policy, data, args), policy, optimizer, scorer, data, args)
+        opened = train.open_step(0, policy, data, args)
+        log, samples = train.train_step(0, 4, opened, policy, optimizer, scorer, data, args)
         found.append((log, samples, [p.detach().clone() for p in policy.lora_parameters()]))
     first, again, other = found
     assert first[:2] == again[:2] and all(map(torch.equal, first[2], again[2]))
@@ -839,10 +752,10 @@ def refused(*command):
 
 
 def test_finished_run(home, finished, tmp_path, monkeypatch, capsys):
-    run = copy_run(finished, tmp_path, "config.json", "log.jsonl", "state.pt", ADAPTER)
-    assert "holds a finished run already: choose another --run" in refused(*flags(home, run, *DROPOUT))
+    run = copy_run(finished, tmp_path, "config.json", "log.jsonl", "state.pt", "finished", ADAPTER)
+    assert "holds a finished run: " in refused(*flags(home, run, *DROPOUT))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(train, "open_policy", lambda args: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(train, "open_policy", lambda *_: pytest.fail("nothing is left to do"))
     train.main(flags(home, run, *DROPOUT, "--resume"))
     assert "already finished" in capsys.readouterr().out
     (run / "state.pt").unlink()  # may be removed to save disk
@@ -853,17 +766,24 @@ def test_finished_run(home, finished, tmp_path, monkeypatch, capsys):
 
 def test_run_with_a_state_needs_resume_and_its_own_settings(home, finished, tmp_path, monkeypatch):
     run = copy_run(finished, tmp_path, "config.json", "state.pt")
-    assert "go on with --resume" in refused(*flags(home, run, *DROPOUT))
+    assert "holds a run: go on with --resume" in refused(*flags(home, run, *DROPOUT))
     message = refused(*flags(home, run, *DROPOUT, "--resume", "--lr", "0.02", "--group", "6"))
     assert "--resume with other values of group, lr than" in message and "config.json" in message
-    # These may change: they have no part in the result.
-    monkeypatch.setattr(train, "open_policy", lambda args: pytest.fail("came through"))
+    (tmp_path / "prompt.txt").write_text("Never crop.")
+    other = ("--resume", "--system-prompt", str(tmp_path / "prompt.txt"))
+    assert "other values of system_prompt than" in refused(*flags(home, run, *DROPOUT, *other))
+    # These may change: they have no part in the result. Nor has the place of a prompt's file.
+    (tmp_path / "prompt.txt").write_text("Crop or not?")
+    monkeypatch.setattr(train, "open_policy", lambda *_: pytest.fail("came through"))
     with pytest.raises(pytest.fail.Exception, match="came through"):
-        train.main(flags(home, run, *DROPOUT, "--resume", "--save-every", "1", "--max-prompt-tokens", "9000",
+        train.main(flags(home, run, *DROPOUT, *other, "--save-every", "1", "--max-prompt-tokens", "9000",
                          "--checkpointing"))
     config = json.loads((run / "config.json").read_text())
     write_json(run / "config.json", {**config, "pools": "of other data"})
-    assert "was trained on other pools" in refused(*flags(home, run, *DROPOUT, "--resume"))
+    assert "other values of pools (the data) than" in refused(*flags(home, run, *DROPOUT, "--resume"))
+    for content in ("", "[]", '{"pools": 1}', "\x00"):
+        (run / "config.json").write_text(content)
+        assert str(run / "config.json") in refused(*flags(home, run, *DROPOUT, "--resume"))
     (run / "config.json").unlink()
     assert "config.json is missing" in refused(*flags(home, run, *DROPOUT, "--resume"))
 
@@ -891,7 +811,7 @@ def forked(processes, command, folder):
                           MASTER_PORT=str(port))
         # Left open: what SystemExit says is printed after this function.
         sys.stdout, sys.stderr = (open(folder / f"{rank}.{end}", "w", buffering=1) for end in ("out", "err"))
-        tqdm.set_lock(threading.RLock())  # see test_killed_child_takes_no_lock_along
+        tqdm.set_lock(threading.RLock())  # a thread of the parent's may have held its own at the fork
         train.main(command)
 
     children = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(processes)]
@@ -921,7 +841,7 @@ def test_two_processes_equal_one(home, tmp_path):
     train.main(flags(home, tmp_path / "one", *more))
     done = torchrun(2, flags(home, tmp_path / "two", *more))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("r-GRPO: 6 training queries") == 1 and "on cpu and 1 more" in done.stdout
+    assert done.stdout.count("r-GRPO: 6 training queries") == 1 and "on 2 x cpu" in done.stdout
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
     for ours, theirs in zip(untimed(tmp_path / "two"), untimed(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
@@ -942,7 +862,7 @@ def test_two_processes_go_on_where_one_was_killed(home, tmp_path, monkeypatch):
         train.main(flags(home, tmp_path / "two", *more))
     monkeypatch.setattr(train, "train_step", whole)
     assert forked(2, flags(home, tmp_path / "two", *more, "--resume"), tmp_path) == [0, 0]
-    assert "going on from step 2" in (tmp_path / "0.out").read_text() and not (tmp_path / "1.out").read_text()
+    assert "steps 2 to 4" in (tmp_path / "0.out").read_text() and not (tmp_path / "1.out").read_text()
     assert [line["step"] for line in read_log(tmp_path / "two")] == [0, 1, 2, 3]
     for ours, theirs in zip(untimed(tmp_path / "two"), untimed(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
@@ -956,18 +876,18 @@ def test_one_process_that_fails_stops_all(home, tmp_path):
     (tmp_path / f"raw/train{second}.png").unlink()
     assert forked(2, flags(home, tmp_path / "run", "--data", str(tmp_path / "data")), tmp_path) == [1, 1]
     first, other = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
-    assert f"train{second}.png" in other and "needed by" in other and "lost the others" in first
+    assert f"train{second}.png" in other and "needed by" in other and "Traceback" not in other and first
     assert not (tmp_path / "run/adapter").exists() and not (tmp_path / "run/log.jsonl").exists()
 
 
 def test_processes_that_cannot_share(home, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "cannot be shared among 3 processes" in refused(*flags(home, tmp_path / "run"))
+    assert "counts the queries of a step over all 3 processes" in refused(*flags(home, tmp_path / "run"))
     assert "give cuda" in refused(*flags(home, tmp_path / "run", "--queries", "3", "--device", "cuda:1"))
 
 
 def test_system_prompt_file(home, tmp_path):
-    assert "--system-prompt nowhere.txt: no such file" in refused(
+    assert "No such file or directory: 'nowhere.txt'" in refused(
         *flags(home, tmp_path / "run", "--system-prompt", "nowhere.txt"))
     (tmp_path / "empty.txt").write_text(" \n")
     assert "the file is empty" in refused(
@@ -985,10 +905,21 @@ def test_long_prompt_is_an_error_and_is_not_cut(home, data, tmp_path):
                      "--seed", "2"))  # the questions are of equal length: at the limit is within it
 
 
-def test_question_that_cannot_be_asked_names_the_query(home, data):
-    data.queries[3].question = "What is <|im_end|>?"
-    with pytest.raises(ValueError, match=r"question 1 contains .* in queries \['train-2', 'train-3'\]"):
-        train.open_queries(new_policy(home), data, [2, 3], 8192)
+def test_question_that_cannot_be_asked_names_the_query(home, data, monkeypatch):
+    monkeypatch.setattr(data.queries, "kind", lambda **line: Query(**{**line, "question": "What is <|im_end|>?"}))
+    with pytest.raises(InputError, match=r"train.jsonl: question 0 contains .* in queries \['train-2', 'train-3'\]"):
+        opened(new_policy(home), data, [2, 3])
+
+
+@pytest.mark.parametrize("fault", [ValueError("ours"), TypeError("ours"), MemoryError("ours")])
+def test_fault_of_ours_keeps_its_traceback(home, tmp_path, monkeypatch, fault):
+    """A one-line message is for the user's own input alone."""
+    def broken(*_):
+        raise fault
+
+    monkeypatch.setattr(train, "judge", broken)
+    with pytest.raises(type(fault), match="ours"):
+        train.main(flags(home, tmp_path / "run"))
 
 
 def test_not_finite_names_the_step(home, tmp_path, monkeypatch):
@@ -1001,16 +932,18 @@ def test_not_finite_names_the_step(home, tmp_path, monkeypatch):
 
 
 def test_data_without_queries_is_refused(home, tmp_path):
-    for split, words in (("train", "no training query has its positive"), ("val", "give --eval-every 0")):
+    for split, words in (("train", "see the counts in manifest.json"), ("val", "give --eval-every 0")):
         folder = tmp_path / split
         shutil.copytree(home / "data", folder / "data")
-        (folder / "data" / f"{split}.jsonl").write_text("")
-        write_array(folder / "data" / f"{split}_full.npy", np.zeros((0, 8), np.float16))
-        manifest = json.loads((folder / "data/manifest.json").read_text())
-        for name in (f"{split}.jsonl", f"{split}_full.npy"):
-            manifest["files"][name]["bytes"] = (folder / "data" / name).stat().st_size
-        write_json(folder / "data/manifest.json", manifest)
-        assert words in refused(*flags(home, folder / "run", "--data", str(folder / "data")))
+        write_split(folder / "data", split, [], pool=np.zeros((0, K)), pool_image=np.zeros((0, K)),
+                    labels=np.zeros((0, K)), retrieval=np.zeros((0, K)), full=np.zeros((0, 8)))
+        message = refused(*flags(home, folder / "run", "--data", str(folder / "data")))
+        assert words in message and f"{split}.jsonl" in message and not (folder / "run").exists()
+
+
+def test_scorer_that_did_not_prepare_the_data_is_refused(home, tmp_path):
+    assert "was prepared with scorer" in refused(*flags(home, tmp_path / "run", "--scorer-dtype", "bfloat16"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 2, "text": "{}', '{"step": 2, "reward": {"d_mrr": 0.5}', '{"step": 2}'])
@@ -1025,17 +958,3 @@ def test_keep_lines_before(tmp_path, end):
     assert path.read_text() == ""
     train.keep_lines_before(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
-
-
-def test_broken_line_in_the_middle_of_a_log_is_named(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"log.jsonl:2: not a line of a log"):
-        train.keep_lines_before(tmp_path / "log.jsonl", 3)
-
-
-def test_readable_line():
-    log = {"step": 4, "reward": .25, "p_region": None, "lr": 1e-3, "seconds": 2.0, "val_mrr": .5, "val_cond_r1": None,
-           "val_crop_rate": .125}
-    line = train.readable(log, 10, 90)
-    assert line.startswith("step 5/10 reward +0.250 (FULL - REGION -) p(REGION) - malformed -")
-    assert line.endswith("lr 1.0e-03 2.0 s, 1.5 min left | val MRR 0.500 CondR@1 - crop rate 0.12")
