@@ -559,6 +559,13 @@ def test_goes_on_after_a_kill(world, tmp_path):
     assert not part.exists()
 
 
+def test_answers_are_in_the_file_at_once(tmp_path):
+    """A kill -9 closes nothing in order."""
+    answers = evaluate.Answers(tmp_path / "part", {})
+    answers.add({("base", 3): [1, None]})
+    assert evaluate.Answers(tmp_path / "part", {}) == {("base", 3): [1, None]} and answers.file
+
+
 @pytest.mark.parametrize("change", ["adapter", "config", "--policy-dtype", "--decode", "--zeroshot-policy", "--policy"])
 def test_answers_of_another_model_are_not_taken(world, tmp_path, capsys, change):
     arguments, loaded = world
@@ -677,7 +684,9 @@ def test_gap_closed_needs_a_gap(world, tmp_path):
     arguments, _ = world
     facts = [{"image": f"q{i}.png", "box": WHOLE, "kind": "x"} for i in range(4)]
     (tmp_path / "raw" / "truth.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-    assert run_main(arguments, "--center-fraction", "1")["gap_closed"] is None
+    result = run_main(arguments, "--center-fraction", "1")
+    assert result["gap_closed"] is None
+    assert result["methods"]["full"]["kinds"]["x"]["n"] == 3  # q2 has a kind, but no positive
     assert rows_of(arguments, "center")[0]["box"] == [*WHOLE]
     assert run_main(arguments, "--methods", "oracle")["gap_closed"] is None
 
