@@ -1,4 +1,4 @@
-"""tools/report.py: statistics against slow obvious loops and closed forms, tables by hand, a page that runs nothing.
+"""The report: statistics against slow obvious loops and closed forms, tables by hand, a page that runs nothing.
 
 The run that the page is made from is drawn here: 24 queries about 8 entities (three each), K = 4, random scores. Its
 titles, questions and names hold tags and quotes, as those of real data may.
@@ -6,11 +6,12 @@ titles, questions and names hold tags and quotes, as those of real data may.
 
 import argparse
 import base64
+import csv
 import dataclasses
-import importlib
 import io
 import itertools
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,11 +19,13 @@ import pytest
 from PIL import Image
 
 from rewards import metrics, summary
-from scorer import POOL_VERSION, Query, write_array, write_json, write_pool
-from tools import report
+from scorer import Query, write_array, write_json, write_split
+from tools import plots, report, stats, tables
 
 EVIL = """<script>alert(1)</script> & "quoted" 'too' | $x_1$ \\"""
 Q, K, E = 24, 4, 8
+# Every sixth pool holds no positive: a miss, which MRR counts as 0 and CondR@k leaves out.
+LABELS = [[0] * K if i % 6 == 5 else [0, 0, 1, 0] for i in range(Q)]
 
 
 # ------------------------------------------------------------------------------------------------ a run, drawn by hand
@@ -38,20 +41,16 @@ def write_data(folder):
         file.writelines(json.dumps({"entity_id": f"u{j}", "title": f"{EVIL}\x1b\ud800\n {j}", "text": "",
                                     "images": [f"{j}.png"]}) + "\n" for j in range(E))
     for name, array in (("kb_image", np.ones((E, 2), np.float16)), ("kb_text", np.ones((E, 2), np.float16)),
-                        ("kb_entity", np.arange(E, dtype=np.int32)), ("test_full", np.ones((Q, 2), np.float16))):
+                        ("kb_entity", np.arange(E, dtype=np.int32))):
         write_array(str(data / f"{name}.npy"), array)
-    queries = []
-    for i in range(Q):
-        pool = [(i % E + k) % E for k in range(K)]
-        # Every sixth pool holds no positive: a miss, which MRR counts as 0 and CondR@k leaves out.
-        labels = [0] * K if i % 6 == 5 else [0, 0, 1, 0]
-        queries.append(Query(f"q{i}{EVIL}", f"{i % E}.png", f"What {EVIL} is {i}?", pool, pool, labels,
-                             [.9, .8, .7, .6], [f"u{(i % E + 2) % E}"]))
-    write_pool(str(data / "test.jsonl"), queries)
+    pool = np.array([[(i % E + k) % E for k in range(K)] for i in range(Q)])
+    queries = [Query(f"q{i}{EVIL}", f"{i % E}.png", f"What {EVIL} is {i}?", [f"u{(i % E + 2) % E}"]) for i in range(Q)]
+    write_split(str(data), "test", queries, pool=pool, pool_image=pool, labels=LABELS, full=np.ones((Q, 2)),
+                retrieval=np.tile([.9, .8, .7, .6], (Q, 1)))
     files = {file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in data.iterdir()}
     write_json(str(data / "manifest.json"), {
-        "version": POOL_VERSION, "dataset": "world", "root": "../raw", "args": {}, "scorer": "tiny@1", "K": K, "dim": 2,
-        "scorer_name": "tiny", "splits": {"test": {}}, "kb": {"kept": E, "images": E}, "files": files})
+        "version": 2, "dataset": "world", "root": "../raw", "args": {}, "K": K, "dim": 2, "splits": {"test": {}},
+        "scorer": {"name": "tiny", "dtype": "float32", "fingerprint": [1, 0]}, "kb": {}, "files": files})
     return queries
 
 
@@ -60,13 +59,13 @@ def rows_of(queries, rng, crops=0.0, lift=0.0):
     rows = []
     for i, query in enumerate(queries):
         region = bool(rng.random() < crops)
-        scores = rng.normal(.5, .1, K) + lift * np.array(query.labels) * (region or lift < 0)
-        rows.append({"query_id": query.query_id, "question": query.question, "image": query.image, "kind": None,
+        scores = rng.normal(.5, .1, K) + lift * np.array(LABELS[i]) * (region or lift < 0)
+        rows.append({"query_id": query.query_id, "question": query.question, "image": query.image, "kind": "ab"[i % 2],
                      "positives": query.positives, "decision": "REGION" if region else "FULL",
                      "box": [2.0, 1.0, 15.0, 11.0] if region else None, "p_region": .9 if region else .1,
-                     "scores": [float(s) for s in scores], "labels": query.labels, "rank": 0, "full_rank": 0,
-                     "iou": .5 + i / 100 if region else None, "containment": float(i % 2) if region else None,
-                     "seconds": .25, "encodes": int(region), "unreadable": False})
+                     "scores": [float(s) for s in scores], "labels": LABELS[i], "rank": 0, "full_rank": 0,
+                     "text": "said", "iou": .5 + i / 100 if region else None, "seconds": .25, "encodes": int(region),
+                     "unreadable": False})
     return rows
 
 
@@ -78,26 +77,32 @@ def write_rows(path, rows):
 def write_run(folder, queries, name="a run & more"):
     """runs/<name> with all files of an evaluated run; returns its folder."""
     run, rng = folder / "runs" / name, np.random.default_rng(0)
-    full = rows_of(queries, rng)
-    kinds = {"full": (0, 0), "random": (1, -.2), "center": (1, -.1), "zeroshot": (.2, .1), "always": (1, .1),
-             "policy": (.6, .4), "policy+fuse": (.6, .4), "oracle": (.8, .5), "full@clip": (0, 0),
-             "policy@clip": (.6, .4)}
-    for method, (crops, lift) in kinds.items():
-        rows = full if method == "full" else rows_of(queries, rng, crops, lift)
-        if crops < 1:  # what is not cropped is seen as the full image
-            rows = [row if row["decision"] == "REGION" else {**row, "scores": f["scores"]}
-                    for row, f in zip(rows, full)]
+    full, found = rows_of(queries, rng), {}
+    for method, (crops, lift) in {"full": (0, 0), "random": (1, -.2), "center": (1, -.1), "zeroshot": (.2, .1),
+                                  "always": (1, .1), "policy": (.6, .4), "truth": (1, .2), "oracle": (.8, .5)}.items():
+        # What is not cropped is seen as the full image.
+        found[method] = full if method == "full" else [
+            row if row["decision"] == "REGION" else {**row, "scores": f["scores"]}
+            for row, f in zip(rows_of(queries, rng, crops, lift), full)]
+    for name in ("policy+fuse", "policy@clip", "full@clip"):  # what tools/rescore.py writes: the same actions
+        base = found[name.partition("@")[0].partition("+")[0]]
+        found[name] = [{**row, "scores": [s + .01 for s in row["scores"]]} for row in base]
+    found["policy.quality"] = [{"query_id": row["query_id"], "box": row["box"], "target": row["box"], "iou": .75,
+                                "containment": 1.0, "judge": i % 2 == 0} for i, row in enumerate(found["policy"])
+                               if row["box"]]
+    for method, rows in found.items():
         write_rows(run / "eval" / f"test.{method}.jsonl", rows)
+    for view in ("full", "policy"):
+        write_rows(run / "eval" / "retrieval" / f"test.{view}.jsonl", [
+            {name: row[name] for name in ("query_id", "positives", "decision", "labels", "scores", "rank", "full_rank")}
+            for row in found[view]])
     point = {"threshold": .5, "crop_rate": .5, "MRR": .6, "CondR@1": .7}
     write_json(str(run / "eval" / "metrics.json"), {
-        "data": str(folder / "data"), "run": str(run), "split": "test", "scorer": "tiny@1", "gap_closed": .9,
-        "methods": dict.fromkeys(m for m in kinds if "@" not in m), "test_scorers": {"clip": {}},
-        "curve": {"policy": [point, {**point, "crop_rate": 1.0}], "zeroshot": [point], "oracle": point},
-        "retrieval_stage": {"K": K}, "judge": {"model": "a judge", "n": 9, "rate": .75}})
-    for view in ("full", "policy"):
-        write_rows(run / "eval" / "retrieval" / f"test.{view}.jsonl", full)
+        "data": str(folder / "data"), "run": str(run), "split": "test", "scorer": "tiny", "queries": Q,
+        "methods": dict.fromkeys(m for m in found if m.isalpha() and m != "truth"),
+        "curve": {"policy": [point, {**point, "crop_rate": 1.0}], "zeroshot": [point], "oracle": point}})
     write_json(str(run / "config.json"), {"policy": "mini/policy", "args": {
-        "seed": 0, "balance": "force", "reward_weights": [.2, .2, .2, .4]}})
+        "seed": 0, "balance": "force", "queries": 16, "reward_weights": [.2, .2, .2, .4]}})
     write_rows(run / "log.jsonl", [{"step": i, "reward": i / 30, "reward_full": .5, "reward_region": .1, "p_region": .4,
                                     "kl": 0.0, "grad_norm": 1.0, **({"val_mrr": .5} if i % 10 == 9 else {})}
                                    for i in range(30)])
@@ -112,14 +117,33 @@ def world(tmp_path_factory):
     return folder, queries, write_run(folder, queries)
 
 
-def study_of(values, clusters=None, config=None, resamples=2000, **result):
-    """A Study around {method: {measure: values}}, resampled, without any file."""
+@pytest.fixture
+def copy(world, tmp_path):
+    """A run folder of one's own, to damage."""
+    return write_run(tmp_path, world[1])
+
+
+def change(path, edit):
+    """Rows of a file through `edit`, a function list -> list."""
+    write_rows(path, edit([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]))
+
+
+def make(run, *arguments):
+    report.main(["--run", str(run), "--resamples", "100", "--examples", "1", *map(str, arguments)])
+    return json.loads(((run / "report") / "report.json").read_text(encoding="utf-8")) if not arguments else None
+
+
+def run_of(values, clusters=None, args=None, resamples=2000, ablations=()):
+    """A Run around {method: {measure: values}}, without any file."""
     values = {name: {m: np.asarray(v, dtype=np.float64) for m, v in found.items()} for name, found in values.items()}
     size = len(next(iter(next(iter(values.values())).values())))
-    study = report.Study(argparse.Namespace(resamples=resamples, seed=0, split="test", examples=2), result,
-                         config or {}, [], {}, values, np.arange(size) if clusters is None else np.asarray(clusters))
-    report.resample(study)
-    return study
+    run = report.Run(argparse.Namespace(resamples=resamples, seed=0, split="test", examples=2), {},
+                     {"args": args or {}}, [], dict.fromkeys(values, []), ablations=list(ablations))
+    for name, runs in zip(("with margin", "without margin"), report.margin_runs(run)):
+        if runs:
+            values[name] = {"MRR": np.mean([ablation.values["MRR"] for ablation in runs], axis=0)}
+    run.study = stats.Study(values, np.arange(size) if clusters is None else np.asarray(clusters), resamples)
+    return run
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
@@ -130,9 +154,9 @@ def test_bootstrap_equals_the_slow_loop():
     clusters = np.array([0, 0, 0, 1, 2, 2, 3])
     values = rng.normal(size=(7, 2))
     values[4, 1] = np.nan
-    found = report.bootstrap(values, clusters, 700, seed=5)
+    found = stats.bootstrap(values, clusters, 700, seed=5)
     draws, slow = np.random.default_rng(5), []
-    for size in (report.BLOCK, 700 - report.BLOCK):
+    for size in (stats.BLOCK, 700 - stats.BLOCK):
         for counts in draws.multinomial(4, np.full(4, 1 / 4), size):
             drawn = [i for c, n in enumerate(counts) for _ in range(n) for i in np.flatnonzero(clusters == c)]
             slow.append([np.nanmean(values[drawn, v]) if (~np.isnan(values[drawn, v])).any() else np.nan
@@ -146,7 +170,7 @@ def test_bootstrap_has_the_closed_form_variance():
     Entity means 0, 1, 2, 3: variance 1.25, over 4 entities .3125. 20,000 resamples know it to about 1 %.
     """
     values = np.repeat([0.0, 1, 2, 3], 5)[:, None]
-    found = report.bootstrap(values, np.repeat(np.arange(4), 5), 20000)
+    found = stats.bootstrap(values, np.repeat(np.arange(4), 5), 20000)
     assert found.mean() == pytest.approx(1.5, abs=.02)
     assert found.var() == pytest.approx(.3125, rel=.04)
 
@@ -154,15 +178,9 @@ def test_bootstrap_has_the_closed_form_variance():
 def test_the_entity_is_resampled_and_not_the_query():
     """Forty queries that repeat what ten entities say know no more than ten queries: the same interval."""
     values = np.random.default_rng(2).normal(size=10)
-    ten = report.bootstrap(values[:, None], np.arange(10), 500)
-    forty = report.bootstrap(np.repeat(values, 4)[:, None], np.repeat(np.arange(10), 4), 500)
+    ten = stats.bootstrap(values[:, None], np.arange(10), 500)
+    forty = stats.bootstrap(np.repeat(values, 4)[:, None], np.repeat(np.arange(10), 4), 500)
     np.testing.assert_allclose(forty, ten, rtol=1e-12)
-
-
-def test_interval():
-    """Percentiles of 0 ... 1000 at 2.5 % and 97.5 % are 25 and 975; NaN resamples are left out."""
-    assert report.interval(np.append(np.arange(1001.0), np.nan)) == pytest.approx((25, 975))
-    assert report.interval(np.array([np.nan])) is None
 
 
 @pytest.mark.parametrize("sums", [[3, 1, -1, 2, .5, 4, 1, -2], [1] * 8, [1, -1, 2, -2, .5, -.5, 3, 1]])
@@ -175,44 +193,41 @@ def test_flips_equal_the_enumeration(sums):
     exact = np.mean([abs(np.dot(signs, totals)) >= abs(totals.sum()) - 1e-9
                      for signs in itertools.product((-1, 1), repeat=8)])
     values = np.stack([totals + 5, np.full(8, -5.0)], axis=1).ravel()[:, None]  # [16, 1]
-    found = report.flip_p(values, np.repeat(np.arange(8), 2), 20000, seed=3)[0]
+    found = stats.flip_p(values, np.repeat(np.arange(8), 2), 20000, seed=3)[0]
     assert found == pytest.approx(exact, abs=.015)
 
 
-def test_flips_of_nothing_and_of_ties():
-    """No difference: every flip is as extreme, p = 1. So for 0, .9, -.9, .1: no signs make less than .1 of them.
-
-    In floating point half of the flips come out at .09999999999999998.
-    """
+def test_flips_at_the_edges():
+    """No difference: every flip is as extreme, p = 1. So for 0, .9, -.9, .1: no signs make less than .1 of them, though
+    in floating point half of the flips come out at .09999999999999998. Thirty equal differences: 2 of 2^30 flips are as
+    extreme, so (nearly surely) none of 999: p = 1 / 1000, never 0."""
     values = np.array([[0, 0], [0, .9], [0, -.9], [0, .1], [np.nan, np.nan]])
-    assert report.flip_p(values, np.arange(5), 1000).tolist() == [1, 1]
+    assert stats.flip_p(values, np.arange(5), 1000).tolist() == [1, 1]
+    assert stats.flip_p(np.ones((30, 1)), np.arange(30), 999)[0] == 1 / 1000
 
 
-def test_p_is_never_zero():
-    """Thirty equal differences: 2 of 2^30 flips are as extreme, so (nearly surely) none of 999: p = 1 / 1000."""
-    assert report.flip_p(np.ones((30, 1)), np.arange(30), 999)[0] == 1 / 1000
+def test_interval_and_holm_by_hand():
+    """Percentiles of 0 ... 1000 at 2.5 % and 97.5 % are 25 and 975; NaN resamples are left out. Holm: .005 x 4 = .02,
+    .01 x 3 = .03, .03 x 2 = .06, .04 x 1 = .04 but never below .06; what was not tested does not count."""
+    assert stats.interval(np.append(np.arange(1001.0), np.nan)) == pytest.approx((25, 975))
+    assert np.isnan(stats.interval(np.array([np.nan]))).all()
+    assert stats.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02])
+    assert stats.holm([.01, np.nan, .04]) == pytest.approx([.02, np.nan, .04], nan_ok=True)
+    assert stats.holm([.5, .9]).tolist() == [1, 1] and stats.holm([]).size == 0
 
 
-def test_holm_by_hand():
-    """.005 x 4 = .02, .01 x 3 = .03, .03 x 2 = .06, .04 x 1 = .04 but never below .06."""
-    assert report.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02])
-    assert report.holm([.5, .9]).tolist() == [1, 1]
-    assert report.holm([]).size == 0
-
-
-def test_effect_by_hand():
-    """1, 2, 3: mean 2, standard deviation 1 (n - 1), d_z 2."""
-    assert report.effect(np.array([1, 2, 3, np.nan])) == (2, 2, 3)
-    assert report.effect(np.array([1.0, 1])) == (1, None, 2)
-    assert report.effect(np.array([np.nan])) == (None, None, 0)
-
-
-def test_compare_is_paired():
-    """b = a + .1 with a all over the place: unpaired nobody could tell, paired the interval is one point."""
+def test_compare_by_hand():
+    """b = a + .1 with a all over the place: unpaired nobody could tell, paired the interval is one point. Differences
+    1, 2, 3: mean 2, standard deviation 1 (n - 1), d_z 2."""
     a = np.random.default_rng(0).normal(size=30)
-    row, = report.compare(study_of({"a": {"MRR": a}, "b": {"MRR": a + .1}}), [("b", "a", "MRR")])
+    study = run_of({"a": {"MRR": a}, "b": {"MRR": a + .1}}).study
+    row, = study.compare([(("b", "MRR"), ("a", "MRR"))])
     assert (row["difference"], row["low"], row["high"]) == pytest.approx((.1, .1, .1))
-    assert row["p"] < .01 and row["n"] == 30
+    assert row["p"] < .01 and row["n"] == 30 and row["p_holm"] == row["p"]
+    study = run_of({"a": {"x": [1, 2, 3, np.nan], "y": [np.nan] * 4}, "b": {"x": [0, 0, 0, 0]}}).study
+    first, second = study.compare([(("a", "x"), ("b", "x")), (("a", "y"), ("b", "x"))])
+    assert (first["difference"], first["d_z"], first["n"]) == (2, 2, 3)
+    assert np.isnan(second["difference"]) and np.isnan(second["p"]) and study.compare([]) == []
 
 
 # ------------------------------------------------------------------------------------------------------ rows, measures
@@ -229,14 +244,15 @@ def test_measures_by_hand():
     def row(scores, decision="FULL", labels=(0, 1, 0), **more):
         return {"scores": scores, "labels": list(labels), "decision": decision, **more}
     full = [row([.1, .9, .2]), row([.9, .5, .7]), row([.9, .5, .1]), row([.3, .2, .1], labels=(0, 0, 0))]
-    rows = [row([.5, .4, .1], "REGION", iou=.5, containment=1), row([.1, .5, .2], "REGION", iou=None),
+    rows = [row([.5, .4, .1], "REGION", iou=.5, containment=1, judge=True), row([.1, .5, .2], "REGION", iou=None),
             row([.9, .5, .1], "MALFORMED"), row([.3, .2, .1], labels=(0, 0, 0))]
-    found, nan = report.measures(rows, full), np.nan
+    found, nan = stats.measures(rows, full), np.nan
     expected = {"MRR": [.5, 1, .5, 0], "R@1": [0, 1, 0, 0], "CondR@1": [0, 1, 0, nan], "crop": [1, 1, 0, 0],
                 "bad": [0, 0, 1, 0], "crop =1": [1, nan, nan, nan], "hurt =1": [1, nan, nan, nan],
                 "crop >1": [nan, 1, 0, nan], "help >1": [nan, 1, 0, nan], "hurt >1": [nan, 0, 0, nan],
                 "same >1": [nan, 0, 1, nan], "margin": [-.1, .3, -.4, nan], "margin gain": [-.8, .7, 0, nan],
-                "iou": [.5, nan, nan, nan], "containment": [1, nan, nan, nan], "rank": [2, 1, 2, 4]}
+                "iou": [.5, nan, nan, nan], "containment": [1, nan, nan, nan],
+                "judge": [1, nan, nan, nan], "rank": [2, 1, 2, 4]}
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, err_msg=name, atol=1e-12)
 
@@ -244,78 +260,103 @@ def test_measures_by_hand():
 def test_means_equal_the_leaf(world):
     """Every mean of the tables equals that of rewards.summary over the same rows."""
     _, _, run = world
-    study = report.open_study(report.parse_args(["--run", str(run)]))
-    for name, rows in study.rows.items():
+    run = report.open_run(report.parse_args(["--run", str(run), "--resamples", "100"]))
+    for name in report.own_scorer(run):
+        rows = run.rows[name]
         leaf = summary(metrics([r["scores"] for r in rows], [r["labels"] for r in rows]))
         for measure, value in leaf.items():
-            assert report.mean(study.values[name][measure]) == pytest.approx(value)
+            assert run.study.mean(name, measure) == pytest.approx(value)
 
 
 def test_entities():
     """By the first positive; a query without one is an entity of its own."""
     rows = [{"positives": p, "query_id": i} for i, p in enumerate([["b", "a"], ["a"], [], ["b"], []])]
-    found = report.entities(rows)
+    found = stats.entities(rows)
     assert found[0] == found[3] and len(set(found.tolist())) == 4 and sorted(set(found.tolist())) == [0, 1, 2, 3]
 
 
-def copy_run(world, tmp_path):
-    _, queries, _ = world
-    return write_run(tmp_path, queries), queries
+READ = ["full", "full@clip", "policy", "policy+fuse", "policy.quality", "policy@clip", "retrieval/full"]
 
 
-def test_rows_that_are_refused(world, tmp_path):
-    run, queries = copy_run(world, tmp_path)
-    path = run / "eval" / "test.policy.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    read = lambda: report.read_rows(str(run / "eval"), "test")  # noqa: E731
-    assert list(read()) == ["full", "random", "center", "zeroshot", "always", "policy", "oracle", "policy+fuse",
-                            "full@clip", "policy@clip"]
-    write_rows(path, [{k: v for k, v in rows[0].items() if k != "positives"}] + rows[1:])
-    with pytest.raises(ValueError, match="test.policy.jsonl:1: no field positives; run evaluate.py again"):
-        read()
-    write_rows(path, rows[:-1])
-    with pytest.raises(ValueError, match="has 23 rows, .* 24"):
-        read()
-    write_rows(path, [rows[1], rows[0], *rows[2:]])
-    with pytest.raises(ValueError, match="test.policy.jsonl:1: .*different pools"):
-        read()
-    path.write_text(json.dumps(rows[0]) + "\n{cut", encoding="utf-8")
-    with pytest.raises(ValueError, match="test.policy.jsonl:2: not JSON"):
-        read()
-    (run / "eval" / "test.full.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="test.full.jsonl is missing: run evaluate.py"):
-        read()
+def test_rows_are_read_by_name(copy):
+    found = stats.read_rows(str(copy / "eval"), "test")
+    assert set(READ) <= set(found) and len(found["policy"]) == Q
+    assert list(stats.read_rows(str(copy / "eval"), "test", ["policy@clip", "full"])) == ["full", "policy@clip"]
+    with pytest.raises(FileNotFoundError, match="test.nobody.jsonl is missing or empty: run evaluate.py"):
+        stats.read_rows(str(copy / "eval"), "test", ["nobody"])
+    run = report.open_run(report.parse_args(["--run", str(copy), "--resamples", "100"]))
+    assert report.own_scorer(run) == ["full", "random", "center", "zeroshot", "always", "policy", "truth", "oracle",
+                                      "policy+fuse"]
+    assert run.study.mean("policy", "iou") == .75 and run.notes == []  # of tools/crop_quality.py
 
 
-def test_what_main_refuses(world, tmp_path):
-    run, _ = copy_run(world, tmp_path)
+@pytest.mark.parametrize("edit, message", [
+    (lambda rows: [{k: v for k, v in rows[0].items() if k != "positives"}] + rows[1:],
+     "test.policy.jsonl:1: no field positives; run evaluate.py again"),
+    (lambda rows: rows[:-1], "has 23 rows, .* 24"),
+    (lambda rows: [rows[1], rows[0], *rows[2:]], "test.policy.jsonl:1: .*different pools"),
+    (lambda rows: [3, *rows], "test.policy.jsonl:1: no field query_id"),
+    *((lambda rows, scores=scores: [rows[0], {**rows[1], "scores": scores}],
+       "test.policy.jsonl:2: the scores of query .* finite numbers.*run evaluate.py again")
+      for scores in ([float("nan")] * K, [1.0], "high", [None] * K, [float("-inf")] * K)),
+    (lambda rows: [], "test.policy.jsonl has 0 rows")])
+def test_rows_that_are_refused(copy, edit, message):
+    change(copy / "eval" / "test.policy.jsonl", edit)
+    with pytest.raises(SystemExit, match=f"tools.report: .*{message}"):
+        make(copy)
+
+
+def test_what_main_refuses(copy, tmp_path):
     with pytest.raises(SystemExit, match="metrics.json is missing: run `python evaluate.py --run"):
-        report.main(["--run", str(tmp_path / "none")])
-    result = json.loads((run / "eval" / "metrics.json").read_text())
-    write_json(str(run / "eval" / "metrics.json"), {**result, "split": "val"})
+        make(tmp_path / "none")
+    (copy / "eval" / "test.policy.jsonl").write_text("{cut", encoding="utf-8")
+    with pytest.raises(SystemExit, match="test.policy.jsonl:1: not JSON"):
+        make(copy)
+    path = copy / "eval" / "metrics.json"
+    write_json(str(path), {**json.loads(path.read_text()), "split": "val"})
     with pytest.raises(SystemExit, match="is of split 'val', not 'test'"):
-        report.main(["--run", str(run)])
+        make(copy)
+    for content in ("{cut", "[1]", '"\xff"'):
+        path.write_bytes(content.encode("latin-1"))
+        with pytest.raises(SystemExit, match="metrics.json .*run `python evaluate.py"):
+            make(copy)
+    (copy / "eval" / "test.full.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="test.full.jsonl is missing"):
+        stats.read_rows(str(copy / "eval"), "test", ["full"])
 
 
-def test_rows_of_an_earlier_evaluation_are_left_out():
-    rows = {name: [] for name in ("full", "center", "policy", "truth", "policy@clip", "policy@old", "policy+fuse")}
-    kept, old = report.drop_old(rows, {"methods": {"policy": {}}, "truth_box": {}, "test_scorers": {"clip": {}}})
-    assert list(kept) == ["full", "policy", "truth", "policy@clip"] and old == ["center", "policy@old", "policy+fuse"]
+def test_rows_of_an_earlier_evaluation_are_left_out(copy):
+    """A method that metrics.json does not name, and what the tools made from other actions or of fewer queries."""
+    path = copy / "eval" / "metrics.json"
+    result = json.loads(path.read_text())
+    del result["methods"]["center"]
+    path.write_text(json.dumps(result))
+    change(copy / "eval" / "test.policy+fuse.jsonl", lambda rows: rows[:2])
+    for name in ("policy@clip", "policy.quality"):
+        change(copy / "eval" / f"test.{name}.jsonl", lambda rows: [{**row, "box": [0, 0, 5, 5]} for row in rows])
+    change(copy / "eval" / "retrieval" / "test.policy.jsonl",
+           lambda rows: [{**row, "decision": "FULL"} for row in rows])
+    found = make(copy)
+    assert not {"center", "policy+fuse", "policy@clip", "retrieval/policy"} & found["means"].keys()
+    assert {note.split(":")[0] for note in found["notes"] if "earlier evaluation" in note} == {
+        "center", "policy+fuse", "policy@clip", "policy.quality", "retrieval/policy"}
+    assert found["means"]["policy"]["iou"]["mean"] != .75  # what evaluate.py measured itself
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
 
 @pytest.mark.parametrize("numbers, slack, verdict", [
     ((.1, .05, .15, .01), 0, "holds"), ((-.1, -.15, -.05, .01), 0, "does not hold"),
-    ((.1, .05, .15, .06), 0, "cannot be told"), ((None, None, None, None), 0, "cannot be told"),
+    ((.1, .05, .15, .06), 0, "cannot be told"), ((np.nan,) * 4, 0, "cannot be told"),
     ((.0, -.005, .005, .9), .01, "holds"), ((-.005, -.03, .02, .9), .01, "cannot be told"),
     ((-.1, -.15, -.05, .01), .01, "does not hold"), ((-.004, -.006, -.002, .01), .01, "holds"),
-    ((.1, .05, .15, None), 0, "cannot be told"),
-])
+    ((.1, .05, .15, np.nan), 0, "cannot be told"),
+    ((-.005, -.0105, -.0005, .01), .01, "cannot be told"),  # surely worse, but by more than .01? it may be or not
+    ((-.0105, -.02, -.001, .01), .01, "cannot be told")])
 def test_verdict(numbers, slack, verdict):
-    claim = report.Claim("", "MRR", slack=slack)
-    claim.difference, claim.low, claim.high, claim.p_holm = numbers
-    assert claim.verdict == verdict
+    claim = dict(zip(("difference", "low", "high", "p_holm"), numbers))
+    assert report.verdict(claim, slack) == verdict
+    assert report.verdict(claim, 0, certain=False) == "cannot be told"
 
 
 def paper_like(size=60, **changes):
@@ -333,35 +374,31 @@ def paper_like(size=60, **changes):
     return values
 
 
-def verdicts(study):
-    return {claim.text: claim.verdict for claim in report.claims(study)}
+def verdicts(run):
+    return {claim["text"]: claim["verdict"] for claim in report.claims(run)}
 
 
 def test_claims_hold_where_they_do():
-    found = report.claims(study_of(paper_like()))
+    found = report.claims(run_of(paper_like()))
     assert len(found) == 13
-    assert {claim.verdict for claim in found[:11]} == {"holds"}
-    assert [claim.verdict for claim in found[11:]] == ["cannot be told"] * 2  # nothing to tell margin and retrieval by
-    assert all("make ablations" in c.note or "--retrieval-stage" in c.note for c in found[11:])
-    assert all(claim.p_holm >= claim.p for claim in found[:11])
+    assert {claim["verdict"] for claim in found[:11]} == {"holds"}
+    assert [claim["verdict"] for claim in found[11:]] == ["cannot be told"] * 2  # nothing to tell margin, retrieval by
+    assert "make ablations" in found[11]["note"] and "tools.retrieve" in found[12]["note"]
+    assert all(claim["p_holm"] >= claim["p"] for claim in found[:11])
 
 
 def test_claims_fail_where_they_do():
     """The policy below everything: what it should be above does not hold, what it does not touch still does."""
-    found = verdicts(study_of(paper_like(policy=-1)))
+    found = verdicts(run_of(paper_like(policy=-1)))
     assert found["zero-shot < learned"] == "does not hold" and found["learned < oracle"] == "holds"
     assert found["random < center"] == "holds"
     values = paper_like()
-    del values["zeroshot"]
-    claim = report.claims(study_of(values))[3]
-    assert claim.verdict == "cannot be told" and claim.note == "no rows of zeroshot"
-
-
-def test_crop_rate_that_ignores_need():
-    values = paper_like()
     values["policy"]["crop =1"], values["policy"]["crop >1"] = (values["policy"][f"crop {g}"][::-1].copy()
                                                                for g in (">1", "=1"))
-    assert verdicts(study_of(values))["crop rate follows need: full image right < full image wrong"] == "does not hold"
+    del values["zeroshot"]
+    found = report.claims(run_of(values))
+    assert found[3]["verdict"] == "cannot be told" and found[3]["note"] == "no rows of zeroshot"
+    assert found[10]["text"].startswith("crop rate follows need") and found[10]["verdict"] == "does not hold"
 
 
 def ablation(name, seed, mrr, weights=(.2, .2, .2, .4), **args):
@@ -371,92 +408,98 @@ def ablation(name, seed, mrr, weights=(.2, .2, .2, .4), **args):
     return report.Ablation(name, seed, {"seed": seed, "reward_weights": list(weights), **args}, values)
 
 
-def margin_study(without, with_term=(.61, .60, .62)):
-    study = study_of(paper_like(), config={"args": {"seed": 0, "reward_weights": [.2, .2, .2, .4]}})
+def margin_run(without, with_term=(.61, .60, .62), **args):
     noise = np.random.default_rng(0).normal(0, .05, 60)
-    study.ablations = ([ablation("default", s, m + noise) for s, m in enumerate(with_term)]
-                       + [ablation("rank", s, m + noise, (.3, .3, .4, 0)) for s, m in enumerate(without)]
-                       + [ablation("mrr", 0, noise, (1, 0, 0, 0)), ablation("free", 0, noise, decode="free")])
-    return study
+    return run_of(paper_like(), args={"seed": 0, "reward_weights": [.2, .2, .2, .4], **args}, ablations=[
+        *(ablation("default", s, m + noise) for s, m in enumerate(with_term)),
+        *(ablation("rank", s, m + noise, (.3, .3, .4, 0)) for s, m in enumerate(without)),
+        ablation("mrr", 0, noise, (1, 0, 0, 0)), ablation("free", 0, noise, decode="free")])
 
 
 def test_margin_claim():
     """With: mean .61; without: .51, all seeds below. A variant with one term alone is not what `without` means."""
-    study = margin_study((.50, .51, .52))
-    with_term, without = report.margin_runs(study)
+    # Arguments that move no weight, on the main run alone: the ablations are still the same training.
+    run = margin_run((.50, .51, .52), tensorboard=True, save_every=7)
+    with_term, without = report.margin_runs(run)
     assert [a.reading for a in with_term] == ["default"] * 3 and [a.reading for a in without] == ["rank"] * 3
-    claim = report.claims(study)[11]
-    assert claim.verdict == "holds" and claim.difference == pytest.approx(.10)
+    claim = report.claims(run)[11]
+    assert claim["verdict"] == "holds" and claim["difference"] == pytest.approx(.10)
     # .605 without is within .60 to .62 with: the queries are sure and the seeds are not.
-    claim = report.claims(margin_study((.50, .51, .605)))[11]
-    assert claim.verdict == "cannot be told" and claim.p < .05 and claim.note.endswith("the seeds overlap")
-    assert report.claims(margin_study((.70, .71, .72)))[11].verdict == "does not hold"
-    claim = report.claims(margin_study((.50, .51, .52), with_term=(.61,)))[11]
-    assert claim.verdict == "cannot be told" and claim.note.endswith("too few seeds")
+    claim = report.claims(margin_run((.50, .51, .605)))[11]
+    assert claim["verdict"] == "cannot be told" and claim["p"] < .05 and claim["note"].endswith("the seeds overlap")
+    assert report.claims(margin_run((.70, .71, .72)))[11]["verdict"] == "does not hold"
+    claim = report.claims(margin_run((.50, .51, .52), with_term=(.61,)))[11]
+    assert claim["verdict"] == "cannot be told" and claim["note"].endswith("too few seeds")
 
 
 def test_retrieval_claim():
     """R@20 of 40 queries: the crop loses 10 of 20 hits, mean difference 10 / 40; the other way round it helps."""
     full, cropped = np.repeat([1.0, 0], [20, 20]), np.repeat([1.0, 0], [10, 30])
-    study = study_of(paper_like(40))
-    study.retrieved = {"full": {"R@20": full}, "policy": {"R@20": cropped}}
-    claim = report.retrieval_claim(study)
-    assert claim.verdict == "holds" and claim.difference == pytest.approx(.25) and claim.n == 40 and claim.p < .05
-    study.retrieved = {"full": {"R@20": cropped}, "policy": {"R@20": full}}
-    assert report.retrieval_claim(study).verdict == "does not hold"
+    claim = report.claims(run_of({"retrieval/full": {"R@20": full}, "retrieval/policy": {"R@20": cropped}}))[12]
+    assert claim["verdict"] == "holds" and claim["difference"] == pytest.approx(.25) and claim["n"] == 40
+    assert claim["p"] < .05
+    claim = report.claims(run_of({"retrieval/full": {"R@20": cropped}, "retrieval/policy": {"R@20": full}}))[12]
+    assert claim["verdict"] == "does not hold"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 def test_ablation_table_by_hand():
     """MRR .5, .6, .7: mean .6, standard deviation .1; the row says in what it differs."""
-    study = study_of(paper_like(), config={"args": {"seed": 0, "reward_weights": [.2, .2, .2, .4], "balance": "force"}})
-    study.ablations = [ablation("plain", s, np.full(3, m), balance="none") for s, m in enumerate((.5, .6, .7))]
-    study.ablations.append(ablation("default", 0, np.full(3, .8), balance="force"))
-    rows = report.ablation_table(study).rows
-    assert rows[0][:4] == ["plain", "3", "0.600 ± 0.100", "0.600 ± 0.100"] and rows[0][-1] == "balance none"
+    run = run_of(paper_like(), args={"seed": 0, "reward_weights": [.2, .2, .2, .4], "balance": "force"})
+    run.ablations = [ablation("plain", s, np.full(3, m), balance="none") for s, m in enumerate((.5, .6, .7))]
+    run.ablations.append(ablation("default", 0, np.full(3, .8), balance="force"))
+    rows = report.ablation_table(run).rows
+    assert rows[0][:5] == ["plain", "3", "0.600 ± 0.100", "0.600 ± 0.100", "50.0 ± 0.0"]
+    assert rows[0][-1] == "balance none"
     assert rows[1][:3] == ["default", "1", "0.800"] and rows[1][-1] == "as this run"
 
 
 def test_cost_table_by_hand():
-    """4 s for a batch of 8 is .5 s a query, 2 queries a second; 3e9 bytes are 3000 MB."""
-    study = study_of(paper_like())
-    study.bench = {"gpu.json": {"machine": {"device": "H100"}, "cases": {"act": {
+    """4 s for a batch of 8 is .5 s a query, 2 queries a second; 3e9 bytes are 3000 MB. The weights were random."""
+    run = run_of(paper_like())
+    run.bench = {"gpu.json": {"machine": {"device": "H100"}, "cases": {"act": {
         "median_s": {"batch 8 grammar": 4.0}, "peak_bytes": {"batch 8 grammar": 3e9}}}}}
-    assert report.cost_table(study).rows == [["gpu", "H100", "grammar", "8", "0.500", "2.00", "3000"]]
+    table = report.cost_table(run)
+    assert table.rows == [["gpu", "H100", "grammar", "8", "0.500", "2.00", "3000"]]
+    assert "random weights" in table.title and "random weights" in table.caption
 
 
 def test_behaviour_table_by_hand():
     found = {"crop =1": [1, 0, np.nan], "help =1": [0, 0, np.nan], "hurt =1": [1, 0, np.nan],
              "same =1": [0, 1, np.nan], **{f"{fact} >1": [np.nan] * 3 for fact in ("crop", "help", "hurt", "same")}}
-    first, second = report.behaviour_table(study_of({"policy": found}, clusters=[0, 0, 1])).rows
+    table = report.behaviour_table(run_of({"policy": found, "full": found}, clusters=[0, 0, 1]))
     # Queries 0 and 1 are of one entity: every resample that has it has both, and the interval is a point.
-    assert first == ["learned policy, rank 1", "2", "50.0 [50.0, 50.0]", "0.0 [0.0, 0.0]", "50.0 [50.0, 50.0]", "50.0"]
-    assert second == ["learned policy, rank > 1", "0", "- -", "- -", "- -", "-"]
+    assert table.rows[0] == ["learned policy, rank 1", "2", "50.0", "[50.0, 50.0]", "0.0", "[0.0, 0.0]", "50.0",
+                             "[50.0, 50.0]", "50.0"]
+    assert table.rows[1] == ["learned policy, rank > 1", "0", *"-------"]
+    assert table.head[2:] == ["crop %", "95 %", "help %", "95 %", "hurt %", "95 %", "no change %"]
 
 
 def test_table_as_text_markdown_latex():
-    table = report.Table("t", "Title", ["name", "n"], [["a|b <i>&_%", "1.0"], ["c\n^~\\", "22"]], "See 5 %.")
-    assert report.as_text(dataclasses.replace(table, rows=[["ab", "1.0"]])).splitlines() == [
+    table = tables.Table("t", "Title", ["name", "n"], [["a|b <i>&_%", "1.0"], ["c\n^~\\", "22"]], "See 5 %.")
+    assert tables.as_text(dataclasses.replace(table, rows=[["ab", "1.0"]])).splitlines() == [
         "Title", "name    n", "---------", "ab    1.0"]
-    assert report.plain("a\x1b[31m\ud800\tb\nc") == "a [31m b c"
-    assert report.as_markdown(table).splitlines() == [
+    assert tables.plain("a\x1b[31m\ud800\tb\nc") == "a [31m b c"
+    assert tables.as_markdown(table).splitlines() == [
         "**Title.** See 5 %.", "", "| name | n |", "|---|---:|", "| a\\|b &lt;i&gt;&amp;_% | 1.0 |", "| c ^~\\ | 22 |"]
-    latex = report.as_latex(table)
+    latex = tables.as_latex(table)
     assert r"a$|$b $<$i$>$\&\_\% & 1.0 \\" in latex
     assert r"c \textasciicircum{}\textasciitilde{}\textbackslash{}" in latex
-    assert r"\begin{tabular}{lr}" in latex and r"See 5 \%." in latex
+    assert r"\begin{tabular}{lr}" in latex and r"See 5 \%." in latex and r"\midrule" in latex
 
 
-def test_num_and_p():
-    assert [report.num(v) for v in (None, np.nan, .12345)] == ["-", "-", "0.123"]
-    assert report.num(.5, 1, 100, sign=True) == "+50.0"
-    assert [report.p_text(p) for p in (None, .0001, .0123)] == ["-", "< 0.001", "0.012"]
-
-
-def test_labels():
-    assert [report.label(n) for n in ("policy", "policy+best4", "full@clip", "EchoSight")] == [
-        "learned policy", "learned policy + best4", "full image, clip", "EchoSight"]
+def test_every_number_has_one_form():
+    """Recalls and rates in per cent, MRR and CondR@K as fractions, whatever the table."""
+    assert [tables.shown(v) for v in (None, np.nan, .12345)] == ["-", "-", "0.123"]
+    assert [tables.shown(.3124, m) for m in ("R@1", "CondR@1", "crop >1", "MRR", "iou")] == [
+        "31.2", "0.312", "31.2", "0.312", "0.31"]
+    assert tables.shown(.5, "crop", sign=True) == "+50.0" and tables.span((np.nan, np.nan)) == "-"
+    assert [tables.head(c) for c in ("R@1", "95 R@1", "CondR@1", "same =1")] == ["R@1 %", "95 %", "CondR@1",
+                                                                                "no change %"]
+    assert [tables.p_text(p) for p in (np.nan, .0001, .0123)] == ["-", "< 0.001", "0.012"]
+    assert [report.label(n) for n in ("policy", "policy+best4", "full@clip", "EchoSight", "retrieval/full")] == [
+        "learned policy", "learned policy + best4", "full image, clip", "EchoSight", "full image"]
 
 
 def test_pick_by_hand():
@@ -464,12 +507,12 @@ def test_pick_by_hand():
     wrong, q5 has no positive."""
     def values(rank, crop=(1, 0, 0, 1, 0, 1)):
         return {"rank": rank, "crop": crop, "CondR@1": [0, 0, 0, 0, 0, np.nan]}
-    study = study_of({"full": values([3, 1, 1, 1, 2, 5]), "policy": values([1, 1, 1, 2, 2, 5]),
-                      "always": values([1, 4, 1, 2, 3, 5])})
-    assert [chosen for _, chosen in report.pick(study, 2)] == [[0], [1], [3], [4]]
-    assert report.pick(study, 2)[1][0].endswith("first place: 1 of 5")
-    many = study_of({"full": values([3] * 6, [1] * 6), "policy": values([1] * 6, [1] * 6)})
-    assert report.pick(many, 2)[0][1] == [0, 2]  # evenly spaced over the five, not the first two
+    run = run_of({"full": values([3, 1, 1, 1, 2, 5]), "policy": values([1, 1, 1, 2, 2, 5]),
+                  "always": values([1, 4, 1, 2, 3, 5])})
+    assert [chosen for _, chosen in plots.pick(run, 2)] == [[0], [1], [3], [4]]
+    assert plots.pick(run, 2)[1][0].endswith("first place: 1 of 5")
+    many = run_of({"full": values([3] * 6, [1] * 6), "policy": values([1] * 6, [1] * 6)})
+    assert plots.pick(many, 2)[0][1] == [0, 2]  # evenly spaced over the five, not the first two
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -508,13 +551,12 @@ def written(world, tmp_path_factory):
         runs.append(folder / "runs" / "ablation" / name)
         write_rows(runs[-1] / "eval" / "test.policy.jsonl", rows_of(queries, rng, .5, .3))
         write_json(str(runs[-1] / "eval" / "metrics.json"), {})
-        write_json(str(runs[-1] / "config.json"), {"args": {"seed": int(name[-1]), "balance": "force",
+        write_json(str(runs[-1] / "config.json"), {"args": {"seed": int(name[-1]), "balance": "force", "queries": 16,
                                                             "reward_weights": weights}})
     bench = folder / "gpu.json"
     write_json(str(bench), {"cases": {"act": {"median_s": {"batch 1 free": 1.0}, "peak_bytes": {"batch 1 free": 1e6}}}})
     out = tmp_path_factory.mktemp("out")
-    report.main(["--run", str(run), "--out", str(out), "--resamples", "200", "--bench", str(bench), "--examples", "1",
-                 "--runs", *map(str, runs), str(folder / "runs" / "ablation" / "unfinished-seed0")])
+    make(run, "--out", out, "--bench", bench, "--runs", *runs, folder / "runs" / "ablation" / "unfinished-seed0")
     page = (out / "report.html").read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(page)
@@ -525,43 +567,64 @@ def test_page_is_whole(written):
     out, page, reader = written
     assert reader.open == [] and reader.tags.count("main") == 1
     assert all(link.startswith("#") and link[1:] in reader.anchors for link in reader.links) and len(reader.links) > 12
-    wanted = {"claims", "table1", "table2", "tests", "table3", "table4", "curve", "extensions", "table5", "figure2",
-              "table6", "table7", "table8", "table9", "training", "run"}
-    assert wanted == set(reader.anchors)
+    assert set(reader.anchors) == {"claims", "table1", "table2", "tests", "table3", "table4", "kinds", "curve",
+                                   "extensions", "table5", "figure2", "table6", "table7", "table8", "table9",
+                                   "training", "pools", "run"}
     for image in reader.images:  # every picture is in the page, can be decoded, and says what it shows
         head, _, content = image["src"].partition(";base64,")
         assert head in ("data:image/png", "data:image/jpeg") and image["alt"]
         Image.open(io.BytesIO(base64.b64decode(content))).load()
-    assert {path.stem for path in out.glob("*.png")} <= set(report.PICTURES)  # or the next report leaves it behind
     text = "".join(reader.text)
     assert "unfinished-seed0 is not in Table 5" in text and "nomargin" in text and "gpu" in text
-    assert {"tables.txt", "tables.md", "table1.tex", "table5.tex", "claims.tex", "figure2.png",
-            "figure2_without.png", "table4_wrong.png", "curve_mrr.png", "training_reward.png"} <= {
-                path.name for path in out.iterdir()}
+    assert {"tables.txt", "tables.md", "table1.tex", "table5.tex", "claims.tex", "figure2.png", "test.sheet.png",
+            "test.pools.png", "figure2_without.png", "table4_wrong.png", "curve_mrr.png", "training_reward.png",
+            "test.policy.csv"} <= {path.name for path in out.iterdir()}
+    # The queries of a training step and those that were evaluated are told apart.
+    evaluation, training = text[text.index("Evaluation: metrics.json"):].split("Training: config.json")
+    assert "".join(evaluation.split("queries")[1].split()).startswith(str(Q))
+    assert "".join(training.split("queries")[1].split()).startswith("16")
 
 
 def test_page_runs_and_loads_nothing(written):
-    """Titles, questions, ids and the run's own name hold tags and quotes; all of it stays text."""
-    _, page, reader = written
+    """Titles, questions, ids and the run's own name hold tags and quotes; all of it stays text, in every format."""
+    out, page, reader = written
     assert not {"script", "link", "iframe", "object", "form", "base", "svg"} & set(reader.tags)
     assert "http" not in page and "url(" not in page and "@import" not in page
     text = " ".join("".join(reader.text).split())
     assert " ".join(f"What {EVIL} is".split()) in text and "Region-R1: a run & more" in text
     titles = [image["alt"] for image in reader.images if image["alt"].startswith("positive")]
     assert titles and all("<script>alert(1)</script> & \"quoted\" 'too'" in title for title in titles)
-
-
-def test_markdown_and_latex_are_safe_too(written):
-    out, _, _ = written
     assert "<script>" not in (out / "tables.md").read_text(encoding="utf-8")
     body = (out / "table3.tex").read_text(encoding="utf-8")
     assert r"\$x\_1\$" in body and r"\textbackslash{}" in body
 
 
+def test_csv_has_the_columns_of_the_release(written, world):
+    """Rows by hand: query 0 of the policy, and query 5, whose pool holds no positive, so that its ranks are empty."""
+    with open(written[0] / "test.policy.csv", encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    rows = stats.read_rows(str(world[2] / "eval"), "test")
+    after, before = (metrics(*([row[f] for row in rows[name]] for f in ("scores", "labels")), ks=())
+                     for name in ("policy", "full"))
+    assert list(found[0]) == [
+        "example_idx", "query_id", "question", "has_bbox", "bbox", "num_candidates", "original_rank", "cropped_rank",
+        "rank_improvement", "original_mrr", "cropped_mrr", "mrr_improvement", "original_ndcg", "cropped_ndcg",
+        "ndcg_improvement", "generated_text"]
+    for i, line in enumerate(found):
+        box = rows["policy"][i]["box"]
+        assert (line["query_id"], line["has_bbox"], line["bbox"]) == (f"q{i}{EVIL}", str(box is not None),
+                                                                     str(box or ""))
+        held = any(LABELS[i])
+        assert line["cropped_rank"] == (str(after["rank"][i]) if held else "")
+        assert line["original_rank"] == (str(before["rank"][i]) if held else "")
+        assert float(line["mrr_improvement"]) == after["rr"][i] - before["rr"][i]
+        assert float(line["cropped_ndcg"]) == after["ndcg"][i] and line["generated_text"] == "said"
+
+
 def test_report_json_holds_the_numbers(written, world):
-    out, _, _ = written
+    out, page, _ = written
     found = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    rows = report.read_lines(str(world[2] / "eval" / "test.policy.jsonl"))
+    rows = stats.read_lines(str(world[2] / "eval" / "test.policy.jsonl"))
     leaf = summary(metrics([r["scores"] for r in rows], [r["labels"] for r in rows]))
     policy = found["means"]["policy"]
     assert policy["MRR"]["mean"] == pytest.approx(leaf["MRR"]) and policy["MRR"]["n"] == Q
@@ -571,56 +634,64 @@ def test_report_json_holds_the_numbers(written, world):
     assert (found["queries"], found["entities"]) == (Q, E) and len(found["claims"]) == 13
     assert {claim["verdict"] for claim in found["claims"]} <= {"holds", "does not hold", "cannot be told"}
     full, policy, oracle = (found["means"][name]["CondR@1"]["mean"] for name in ("full", "policy", "oracle"))
-    assert f"<b>{(policy - full) / (oracle - full):.0%}".replace("%", " %") in written[1]
+    assert f"<b>{100 * (policy - full) / (oracle - full):.0f} %" in page
 
 
-def test_same_rows_same_bytes(world, tmp_path):
+def test_same_rows_same_bytes(world, written, tmp_path):
     """And nothing of an earlier report stays beside it: it would pass for this one's."""
-    (tmp_path / "two").mkdir()
-    for name in ("table5.tex", "figure2_without.png", "mine.png"):  # of an earlier report, and of somebody else
-        (tmp_path / "two" / name).touch()
+    shutil.copytree(written[0], tmp_path / "two")
+    (tmp_path / "two" / "mine.png").touch()  # of somebody else
     for name in ("one", "two"):
-        report.main(["--run", str(world[2]), "--out", str(tmp_path / name), "--resamples", "100", "--examples", "1"])
-    assert not (tmp_path / "two" / "table5.tex").exists() and (tmp_path / "two" / "mine.png").exists()
-    assert not (tmp_path / "two" / "figure2_without.png").exists()
-    for file in ("report.html", "report.json", "tables.txt", "figure2.png"):
+        make(world[2], "--out", tmp_path / name)
+    assert not {"table5.tex", "figure2_without.png"} & {path.name for path in (tmp_path / "two").iterdir()}
+    assert (tmp_path / "two" / "mine.png").exists()
+    for file in ("report.html", "report.json", "tables.txt", "figure2.png", "test.sheet.png"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    make(world[2], "--out", tmp_path / "two", "--tables-only")
+    assert {path.suffix for path in (tmp_path / "two").iterdir()} == {".txt", ".md", ".tex", ".csv", ".json", ".png"}
+    assert [path.name for path in (tmp_path / "two").glob("*.png")] == ["mine.png"]
 
 
-def test_without_matplotlib(world, tmp_path, monkeypatch, capsys):
-    """It is no run-time package: the tables do without it, and the page says what is missing."""
-    def missing(name):
-        raise ModuleNotFoundError(name)
-    monkeypatch.setattr(importlib, "import_module", missing)
-    arguments = ["--run", str(world[2]), "--out", str(tmp_path), "--resamples", "100"]
-    with pytest.raises(SystemExit, match="plots need matplotlib: pip install -r requirements-dev.txt, or give --tab"):
-        report.main(arguments)
-    report.main([*arguments, "--tables-only"])
-    assert "Table 1. Re-ranking" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "report.html").exists()
-    assert (tmp_path / "tables.md").exists()
-
-
-def test_without_data_and_with_a_lost_picture(world, tmp_path):
+def test_without_data_and_with_a_lost_picture(tmp_path):
     """No data folder: no pictures, and the reason stands on the page. A lost picture costs its own query alone."""
-    queries = write_data(tmp_path / "moved")
-    run = write_run(tmp_path / "moved", queries)
+    run = write_run(tmp_path / "moved", write_data(tmp_path / "moved"))
     for path in (tmp_path / "moved" / "raw").iterdir():
         if path.name != "0.png":
             path.unlink()
-    report.main(["--run", str(run), "--resamples", "100"])
+    make(run)
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
-    assert page.count("is missing, needed by") + page.count(".png is missing<") >= 1 and "data:image/jpeg" not in page
+    assert ".png is missing" in page and "data:image/jpeg" not in page
     (tmp_path / "moved" / "data" / "manifest.json").unlink()
-    report.main(["--run", str(run), "--resamples", "100"])
+    make(run)
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     assert "no pictures and titles:" in page and "data:image/jpeg" not in page and "candidate 3" in page
+
+
+@pytest.mark.parametrize("keep", [lambda rows: rows[:1], lambda rows: rows[:2],
+                                  lambda rows: [row | {"labels": [0] * K} if "labels" in row else row for row in rows],
+                                  lambda rows: [row | {"labels": [1] * K} if "labels" in row else row for row in rows]])
+def test_few_queries(copy, keep):
+    for path in (copy / "eval").rglob("*.jsonl"):
+        change(path, keep)
+    result = json.loads((copy / "eval" / "metrics.json").read_text())
+    (copy / "eval" / "metrics.json").write_text(json.dumps({**result, "curve": {}}))
+    make(copy)
 
 
 def test_marked_box_is_where_the_box_is():
     """Box (4, 2, 10, 8), exclusive: the line is light at column 4 and at column 9, and column 10 is untouched."""
     image = Image.new("RGB", (20, 12), (10, 20, 30))
-    shown = report.marked(image, (4.0, 2.0, 10.0, 8.0))
+    shown = plots.marked(image, (4.0, 2.0, 10.0, 8.0))
     assert shown.getpixel((4, 5)) == shown.getpixel((9, 5)) == shown.getpixel((6, 7)) == (255, 200, 0)
     assert shown.getpixel((10, 5)) == shown.getpixel((3, 5)) == shown.getpixel((6, 8)) == (10, 20, 30)
     assert image.getpixel((4, 5)) == (10, 20, 30)  # the caller's image stays
+
+
+def test_both_halves_of_figure_2_have_the_same_axes(monkeypatch):
+    values, limits = paper_like(), []
+    values["full"]["margin"] = np.linspace(-.2, .2, 60)
+    values["policy"] |= {"crop": np.ones(60), "margin": values["full"]["margin"] + .1}
+    monkeypatch.setattr(plots, "drawn", lambda figure, name, caption: limits.append(
+        (figure.axes[0].get_xlim(), figure.axes[0].get_ylim())))
+    plots.margin_plots(run_of(values), {"crop": np.ones(60), "margin": values["full"]["margin"] + .4})
+    assert len(limits) == 2 and limits[0] == limits[1]

@@ -494,7 +494,7 @@ def as_csv(rows, full):
 
 # ----------------------------------------------------------------------------------------------------------- the page
 
-SECTIONS = {  # anchor: title, where it is not that of the table of this name; plots whose names begin so stand there too
+SECTIONS = {  # anchor: title, "" for that of the table of this name; plots whose names begin so stand there too
     "claims": "", "table1": "", "table2": "", "tests": "Paired tests", "table3": "Table 3. Queries before and after",
     "table4": "Table 4. Does it crop when it should?", "kinds": "", "curve": "Operating curve", "extensions": "",
     "table5": "", "figure2": "Figure 2. Margin before and after", "table6": "", "table7": "", "table8": "",
@@ -606,7 +606,8 @@ def main(argv=None):
             cases = {"table3": plots.cases(run, data, args.examples) if data else [],
                      "pools": plots.pools(run, data, args.examples) if data else []}
             files["report.html"] = page(run, tables, drawn, cases, found)
-            files |= {f"{args.split}.{name}.png": plots.sheet(shown) for name, shown in cases.items() if shown}
+            files |= {f"{args.split}.{name}.png": plots.sheet(cases[section])
+                      for name, section in (("sheet", "table3"), ("pools", "pools")) if cases[section]}
         write_report(args.out, files, numbers(run, found))
     except (InputError, FileNotFoundError) as error:
         raise SystemExit(f"tools.report: {error}") from error
