@@ -1,10 +1,12 @@
 """The model card says what the run's files say, and nothing that they do not."""
 
 import json
+import textwrap
 
 import pytest
 import yaml
 
+from policy import SYSTEM_PROMPT
 from tools import card
 
 CONFIG = {"policy": "org/base: 3B", "scorer": "s", "pools": "abc", "data": "nowhere",
@@ -18,7 +20,7 @@ def test_card_by_hand():
     text = card.card(CONFIG, METRICS, MANIFEST, "mit")
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == "org/base: 3B" and head["license"] == "mit" and head["library_name"] == "peft"
-    assert "| full | 0.500 | 0.250 | 0.100 | 0.200 | - | 0.750 | 0.000 |" in text
+    assert "| full | 0.500 | 0.250 | 10.0 | 20.0 | - | 0.750 | 0.0 |" in text
     assert "7 queries, 4 with a right answer among their 20 candidates" in text
     assert "* test: 9 rows read, 7 kept, 4 with a right answer in the pool" in text
     assert "| lr | `5e-05` |" in text and "| std | `false` |" in text
@@ -30,16 +32,26 @@ def test_what_is_not_known_is_not_claimed():
     assert "Not evaluated yet" in text and "not on this disk" in text and "0." not in text.split("## Results")[1][:200]
 
 
-def test_prompt_and_image_size_of_the_run_are_told():
+@pytest.mark.parametrize("given", ["--system-prompt", "the model's own", "ours"])
+def test_the_prompt_stands_in_it_as_text(tmp_path, given):
     """An adapter is of use under the words it was trained under, and its own two files do not hold them."""
-    args = {**CONFIG["args"], "max_pixels": 7056, "policy_dtype": "bfloat16"}
-    config = {**CONFIG, "args": args, "system_prompt": "Crop?\n```\nOr not.\n"}
+    config, words = dict(CONFIG), SYSTEM_PROMPT
+    if given != "ours":
+        words, config["policy"] = "Crop?\n```\nOr not.\n", str(tmp_path)
+        (tmp_path / "system_prompt.txt").write_text(words if given == "the model's own" else "another")
+        config["system_prompt"] = words if given == "--system-prompt" else None
     text = card.card(config, {}, {}, "mit")
+    prompt = text.split("to the letter:\n\n")[1].split("\n\n## ")[0]
+    assert textwrap.dedent(prompt).split() == words.split() and "null" not in text
+    assert prompt.splitlines()[0] == "    " + words.splitlines()[0]  # indented: its ``` cannot end the block
+
+
+def test_image_size_and_dtype_of_the_run_are_told():
+    args = {**CONFIG["args"], "max_pixels": 7056, "policy_dtype": "bfloat16"}
+    text = card.card({**CONFIG, "args": args}, {}, {}, "mit")
     assert 'adapter="THIS FOLDER", max_pixels=7056, dtype="bfloat16", system_prompt=PROMPT)' in text
     assert '| policy_dtype | `"bfloat16"` |' in text
-    assert "to the letter:\n\n    Crop?\n    ```\n    Or not.\n" in text
-    plain = card.card(CONFIG, {}, {}, "mit")
-    assert 'adapter="THIS FOLDER")' in plain and "Use the prompt of the training run.\n" in plain
+    assert 'adapter="THIS FOLDER", system_prompt=PROMPT)' in card.card(CONFIG, {}, {}, "mit")
 
 
 def test_the_card_lies_beside_the_adapter(tmp_path, capsys):
