@@ -507,6 +507,8 @@ class Policy:
         seeds[b]: an int (or tuple of ints) a query, needed to sample. Rollout n of a query draws from a stream of its
         own, seeded by (seed, n): the same completions come out whatever else is in the batch, however many rollouts.
         """
+        if decode not in ("grammar", "free"):
+            raise ValueError(f"decode must be 'grammar' or 'free', not {decode!r}")
         seeds = seeds if sample else [None] * len(prompts)
         groups = [[Draft(b, prompt, entry, np.random.default_rng([*np.atleast_1d(seed), n]) if sample else None)
                    for n, entry in enumerate(plan)]
@@ -516,7 +518,7 @@ class Policy:
         grammar = self.grammar if decode == "grammar" or any(draft.forced for draft in drafts) else None
         free = (self.processor.tokenizer, self.end_tokens, max_new_tokens or self.max_new_tokens, grammar)
         for draft in drafts:
-            draft.begin({"grammar": draft.by_grammar(grammar), "free": draft.freely(*free)}[decode])
+            draft.begin(draft.by_grammar(grammar) if decode == "grammar" else draft.freely(*free))
         training = self.model.training
         self.eval()
         try:

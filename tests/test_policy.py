@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import stat
@@ -359,7 +358,7 @@ def test_batch_composition_and_group_size_do_not_matter(policy, prompts, images,
 
 
 def test_masks_and_entropy(policy, prompts):
-    groups = policy.rollout(prompts[:2], [["FULL", "REGION"]] * 2, seeds=[1, 2])
+    groups = with_lora(policy).rollout(prompts[:2], [["FULL", "REGION"]] * 2, seeds=[1, 2])
     out = policy.log_probs(prompts[:2], groups)
     flat = [c for group in groups for c in group]
     for m, c in enumerate(flat):
@@ -370,7 +369,7 @@ def test_masks_and_entropy(policy, prompts):
         entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
         assert out["entropy"][m, c.decision_index].item() == pytest.approx(entropy, abs=1e-5)
     assert (out["logp"][~out["mask"]] == 0).all() and (out["entropy"][~out["mask"]] == 0).all()
-    assert not out["entropy"].requires_grad
+    assert out["logp"].requires_grad and not out["entropy"].requires_grad
 
 
 @pytest.mark.parametrize("text, decision", [
