@@ -290,7 +290,6 @@ def test_same_numbers_twice_and_for_every_batch_size(world):
     assert without_seconds(rows_of(arguments, "random")) == before
     assert run_main(arguments, "--seed", "1") != once
     assert run_main(arguments, "--limit", "2")["queries"] == 2
-    assert without_seconds(rows_of(arguments, "random")) != before[:2]  # boxes of the default seed are drawn by row
     assert run_main(arguments, "--limit", "1")["with_positive"] == 1
 
 
@@ -547,8 +546,8 @@ def test_goes_on_after_a_kill(world, tmp_path):
         run_main(arguments, "--batch-size", "1")
     lines = part.read_text().splitlines()
     assert len(lines) == 1 + 5
-    # The kill came in the middle of a line, and an earlier one was damaged on the disk: the learned pass of q0.
-    part.write_text("\n".join([*lines[:2], lines[2][:9], *lines[3:], '["learned fo']))
+    # The kill came in the middle of a line, and an earlier one was damaged on the disk: the base pass of q0.
+    part.write_text("\n".join([lines[0], lines[1][:9], *lines[2:], '["learned fo']))
     policy.dies_at = policy.batches + 3
     with pytest.raises(KeyboardInterrupt):  # and another one, after both passes of q0
         run_main(arguments, "--batch-size", "1")
@@ -662,9 +661,13 @@ def test_random_boxes_follow_the_policys_sizes():
         evaluate.random_boxes(sizes, [evaluate.FULL_IMAGE] * 200, 0)
 
 
-def test_random_of_a_policy_that_never_crops(world, capsys):
+def test_random_takes_the_policys_boxes_or_its_forced_ones(world, capsys, monkeypatch):
     """A policy that has gone all-FULL still gets its row; the note says what was drawn from instead."""
     arguments, loaded = world
+    drawn, given = evaluate.random_boxes, []
+    monkeypatch.setattr(evaluate, "random_boxes", lambda *a: given.append(a) or drawn(*a))
+    run_main(arguments, "--methods", "random", "--seed", "3")
+    assert [action.decision for action in given[0][1]] == ["REGION", "FULL", "REGION", "REGION"] and given[0][2] == 3
     loaded.policy.p_region = [.1] * 4
     assert run_main(arguments, "--methods", "random")["methods"]["random"]["crop_rate"] == 1
     assert "the policy crops no query" in capsys.readouterr().out
