@@ -87,9 +87,10 @@ def use(config):
         "```python", "from policy import load_policy",
         f"policy = load_policy({json.dumps(config['policy'])}, adapter=\"THIS FOLDER\"{more}, system_prompt=PROMPT)",
         'action = policy.act([image], ["Where does this beetle live?"])[0]   # FULL, or REGION with a box in pixels',
-        "```", "", "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`, or vLLM with LoRA, or merged into the base "
-        "model by `python -m tools.merge`. The answer is `{\"Decision\": \"FULL\"}`, or REGION with a `bbox_2d` in pixels "
-        "of the resized image that the model was given: `policy.parse` maps it to the original. Use the system prompt of "
+        "```", "",
+        "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`, or vLLM with LoRA, or merged into the base model "
+        "by `python -m tools.merge`. The answer is `{\"Decision\": \"FULL\"}`, or REGION with a `bbox_2d` in pixels of "
+        "the resized image that the model was given: `policy.parse` maps it to the original. Use the system prompt of "
         "the training run, to the letter:",
         # Indented and not fenced: whatever the text holds, it cannot end the block.
         "", *textwrap.indent(prompt_of(config), "    ").splitlines()]

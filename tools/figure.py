@@ -8,17 +8,19 @@ package of requirements-dev.txt.
 """
 
 import argparse
-import importlib
+import io
 import os
 
 import numpy as np
 import torch
+from matplotlib import patches
+from matplotlib.figure import Figure
 from PIL import Image
 
 import rgrpo
 from policy import load_policy
 from rewards import reward
-from scorer import crop, load_data, load_scorer, prepared_dtype, replacing, scores
+from scorer import InputError, crop, load_data, load_scorer, read_image, replacing, same_scorer, scores
 
 PLAN = ["FULL"] + ["REGION"] * 4  # N = 8: the four FULL rollouts are one and the same answer
 COUNT = [4, 1, 1, 1, 1]
@@ -46,7 +48,7 @@ def roll(data, policy, scorer, i, seed):
     full = scores(np.asarray(data.full[i], dtype=np.float32), data.candidates(i))                   # [K]
     views = scorer.image_features([crop(image, a.box) for a in actions[1:]])                        # [n - 1, D]
     seen = np.concatenate([full[None], scores(views, data.candidates(i))])                          # [n, K]
-    total = reward(PLAN, seen, full, np.array(query.labels))["total"]                               # [n]
+    total = reward(PLAN, seen, full, np.asarray(data.labels[i], dtype=int))["total"]                               # [n]
     codes = torch.tensor([[rgrpo.CODES[d] for d in PLAN]])                                          # [1, n]
     decision, box = rgrpo.advantages(torch.tensor(total)[None], codes, weights=torch.tensor([COUNT]).float())
     return {"i": i, "image": image, "actions": actions, "full": full, "seen": seen, "total": total,
@@ -56,20 +58,15 @@ def roll(data, policy, scorer, i, seed):
 def most_telling(data, policy, scorer, seed):
     """The group, among the first 60 queries whose full image misses, with the widest spread of REGION rewards."""
     best = None
-    for i, query in enumerate(data.queries[:60]):
+    for i in range(min(60, len(data))):
         full = scores(np.asarray(data.full[i], dtype=np.float32), data.candidates(i))               # [K]
-        if 1 in query.labels and query.labels[int(np.argmax(full))] == 0:
+        if data.labels[i].any() and not data.labels[i, int(np.argmax(full))]:
             group = roll(data, policy, scorer, i, seed)
             if best is None or np.ptp(group["total"][1:]) > np.ptp(best["total"][1:]):
                 best = group
     if best is None:
-        raise ValueError(f"{data.pool_file}: the full image is right on all of the first 60 queries; name a --query")
+        raise InputError(f"{data.folder}: the full image is right on all of the first 60 queries; name a --query")
     return best
-
-
-def candidate(data, i, k):
-    with Image.open(data.candidate_image_path(data.queries[i].pool_image[k])) as image:
-        return image.convert("RGB")
 
 
 def show(axes, image, title="", colour="black", frame=GREY, width=1.0):
@@ -81,7 +78,7 @@ def show(axes, image, title="", colour="black", frame=GREY, width=1.0):
         spine.set(edgecolor=frame, linewidth=width)
 
 
-def draw_query(figure, place, group, question, patches):
+def draw_query(figure, place, group, question):
     """The image with every box of the group, and the question."""
     axes = figure.add_axes(place)
     show(axes, group["image"])
@@ -98,7 +95,7 @@ def draw_query(figure, place, group, question, patches):
 
 def draw_rollout(figure, data, group, n, top, height):
     """A line: the view, the four best candidates, reward and advantages of answer n."""
-    labels, order = data.queries[group["i"]].labels, np.argsort(-group["seen"][n], kind="stable")
+    labels, order = data.labels[group["i"]].tolist(), np.argsort(-group["seen"][n], kind="stable")
     action = group["actions"][n]
     name = "FULL   x 4" if n == 0 else f"REGION {n}"
     figure.text(0.285, top + height / 2, name, fontsize=10, weight="bold", va="center",
@@ -109,7 +106,8 @@ def draw_rollout(figure, data, group, n, top, height):
     for place, k in enumerate(order[:4]):
         axes = figure.add_axes([0.465 + place * (width + 0.014), top, width, height])
         right = labels[k] == 1
-        show(axes, candidate(data, group["i"], k), frame=GREEN if right else "#d1d5db", width=3.2 if right else 0.8)
+        image = read_image(data.candidate_image_path(int(data.pool_image[group["i"], k])))
+        show(axes, image, frame=GREEN if right else "#d1d5db", width=3.2 if right else 0.8)
     rank = 1 + [labels[k] for k in order].index(1)
     figure.text(0.835, top + height / 2, str(rank), ha="center", va="center", fontsize=11,
                 color=GREEN if rank == 1 else "black", weight="bold" if rank == 1 else "normal")
@@ -119,9 +117,9 @@ def draw_rollout(figure, data, group, n, top, height):
                     color=GREEN if value > 1e-6 else RED if value < -1e-6 else GREY)
 
 
-def draw(data, group, pyplot, patches):
+def draw(data, group):
     """The whole picture as a matplotlib figure."""
-    figure = pyplot.figure(figsize=(12.8, 6.4), dpi=110, facecolor="white")
+    figure = Figure(figsize=(12.8, 6.4), dpi=110, facecolor="white")
     question = data.queries[group["i"]].question
     heads = [(0.02, "query x = (image, question)", "left"), (0.285, "policy: a balanced group", "left"),
              (0.465, "frozen scorer: the pool re-ranked, best four", "left"), (0.835, "rank", "center"),
@@ -132,7 +130,7 @@ def draw(data, group, pyplot, patches):
         figure.text(x, 0.965, text, fontsize=10.5, weight="bold", ha=side, va="top")
     for x, text, side in notes:
         figure.text(x, 0.925, text, fontsize=9, color=GREY, ha=side, va="top")
-    draw_query(figure, [0.02, 0.36, 0.235, 0.50], group, question, patches)
+    draw_query(figure, [0.02, 0.36, 0.235, 0.50], group, question)
     height, gap = 0.145, 0.022
     for n in range(len(PLAN)):
         draw_rollout(figure, data, group, n, 0.735 - n * (height + gap), height)
@@ -144,30 +142,29 @@ def draw(data, group, pyplot, patches):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise SystemExit("tools.figure needs matplotlib: pip install -r requirements-dev.txt") from error
-    matplotlib.use("Agg")
-    pyplot, patches = (importlib.import_module(f"matplotlib.{name}") for name in ("pyplot", "patches"))
-    try:
         data = load_data(args.data, args.split)
-        policy = load_policy(args.policy)
-        scorer = load_scorer(args.scorer or data.manifest["scorer_name"], dtype=prepared_dtype(data.manifest))
+        then = data.manifest["scorer"]
+        scorer = load_scorer(args.scorer or then["name"], dtype=then["dtype"])
+        same_scorer(args.data, data.manifest, scorer)
+        try:
+            policy = load_policy(args.policy)
+        except ValueError as error:  # of a model that is not there or is none
+            raise InputError(str(error)) from error
         if args.query is None:
             group = most_telling(data, policy, scorer, args.seed)
-        elif 0 <= args.query < len(data) and 1 in data.queries[args.query].labels:
+        elif 0 <= args.query < len(data) and data.labels[args.query].any():
             group = roll(data, policy, scorer, args.query, args.seed)
         else:
-            raise ValueError(f"--query {args.query}: a row from 0 to {len(data) - 1} whose pool holds the right answer")
-    except (ValueError, FileNotFoundError) as error:
+            raise InputError(f"--query {args.query}: a row from 0 to {len(data) - 1} whose pool holds the right answer")
+    except (InputError, FileNotFoundError) as error:
         raise SystemExit(f"tools.figure: {error}") from error
-    figure = draw(data, group, pyplot, patches)
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    buffer = io.BytesIO()
+    draw(data, group).savefig(buffer, format="png")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with replacing(args.out) as temporary:
         # 128 colours are enough for drawings, and a quarter of the bytes.
-        picture.quantize(128, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True)
+        picture = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        picture.save(temporary, format="png", optimize=True)
     print(f"wrote {args.out}: query {group['i']}, {data.queries[group['i']].query_id}")
 
 
