@@ -129,7 +129,7 @@ def same_run(run, other):
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
-# os.replace, in order: config.json; then, after steps 2, 4 and 6, adapter_config.json, adapter_model.safetensors, state.pt.
+# os.replace, in order: config.json; after steps 2, 4 and 6 adapter_config.json, adapter_model.safetensors, state.pt.
 KILLS = {
     **{f"before rename {n}": at(os, "replace", n) for n in range(1, 11)},
     **{f"after rename {n}": at(os, "replace", n, nothing, die) for n in (1, 3, 4, 7, 10)},
@@ -402,7 +402,7 @@ def test_state_that_would_run_code_is_not_unpickled(home, stopped, tmp_path):  #
     assert (tmp_path / "mark").exists()
 
 
-# ---- what is not finite ---------------------------------------------------------------------------------------------------
+# ---- what is not finite ----------------------------------------------------------------------------------------------
 
 
 def settings(*more):
@@ -436,8 +436,9 @@ def test_nan_of_the_scorer_names_the_query(home):  # noqa: F811
         train.score_views(data, scorer, [3, 4], images, actions)
 
 
-@pytest.mark.parametrize("bonus, p_regions, name", [(math.nan, [.5, .5], "train-3"), (math.inf, [.5, .5], "train-3"),
-                                                   (0.0, [math.nan, .5], "train-3"), (0.0, [.5, math.inf], "train-4")])
+@pytest.mark.parametrize("bonus, p_regions, name", [
+    (math.nan, [.5, .5], "train-3"), (math.inf, [.5, .5], "train-3"), (0.0, [math.nan, .5], "train-3"),
+    (0.0, [.5, math.inf], "train-4")])
 def test_reward_or_p_region_that_is_not_finite_names_the_query(home, bonus, p_regions, name):  # noqa: F811
     data, scorer = load_data(str(home / "data"), "train"), load_scorer(str(home / "scorer"))
     actions = [[Action("REGION", (0.0, 0.0, 20.0, 20.0), p, "")] for p in p_regions]
