@@ -25,9 +25,9 @@ Reads the benchmarks as users have them. Below --root, and where other names are
     write_manifest    what was done and left out      table
 
 What cannot be used is dropped, counted under one of REASONS, and shown: read = kept + dropped. An image is embedded
-once: its feature stays in OUT.work, so a run that was killed, or has other settings, or one more image, embeds only what
-is missing. manifest.json comes last: a killed run leaves nothing that looks whole. Of several processes each reads all
-and embeds its share; the first one then searches and writes. They speak by the files of OUT.work alone.
+once: its feature stays in OUT.work, so a run that was killed, or has other settings, or one more image, embeds only
+what is missing. manifest.json comes last: a killed run leaves nothing that looks whole. Of several processes each reads
+all and embeds its share; the first one then searches and writes. They speak by the files of OUT.work alone.
 """
 import argparse
 import csv
@@ -458,14 +458,18 @@ def find_files(root, folder, wanted):
     return found
 
 
-def files_below(root, folder):
+def files_below(root, folder, above=()):
     """Yield the path below the root of each file in a folder, in any order. Links to folders are followed, as whole
     disks are linked in; a link to a folder that it lies in, which would lead round in a circle for ever, is not."""
-    for path, folders, names in os.walk(os.path.join(root, folder), followlinks=True):
-        here = os.path.realpath(path) + os.sep
-        folders[:] = [name for name in folders if not here.startswith(
-            os.path.realpath(os.path.join(path, name)).rstrip(os.sep) + os.sep)]
-        yield from (os.path.relpath(os.path.join(path, name), root).replace(os.sep, "/") for name in names)
+    status = os.stat(os.path.join(root, folder))
+    if (here := (status.st_dev, status.st_ino)) not in above:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = os.path.normpath(os.path.join(folder, entry.name)).replace(os.sep, "/")
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link to itself: no folder
+                    yield from files_below(root, path, (*above, here))
+                else:
+                    yield path
 
 
 # ------------------------------------------------------------------------------------------------- the knowledge base
@@ -726,7 +730,8 @@ class Features:
                     keys.append(piece["keys"])
                     states.append(piece["state"])
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # cut short by a disk error
-                os.remove(os.path.join(self.work, name))  # its items are embedded again
+                os.remove(os.path.join(self.work, name))  # its items are embedded again, into a piece of the same name
+                self.seen.remove(name)
                 continue
             self.files.append(os.path.join(self.work, name))
             self.starts.append(self.starts[-1] + len(keys[-1]))
