@@ -143,7 +143,7 @@ def test_slug(name, part, tmp_path):
 @pytest.mark.parametrize("tool, wrong", [
     (rescore, []), (rescore, ["--fuse", "1.1"]), (rescore, ["--scorer", "a/b", "--scorer", "a:b"]),
     (crop_quality, ["--proxy", "yolo=x"]), (crop_quality, ["--judge", "file:///etc/hosts"]),
-    (crop_quality, ["--judge-limit", "-1"])])
+    (crop_quality, ["--judge-limit", "-1"]), (retrieve, ["--batch-size", "0"])])
 def test_wrong_flags(tool, wrong):
     with pytest.raises(SystemExit) as error:
         tool.main(wrong)

@@ -30,6 +30,13 @@ METHODS = ("full", "zeroshot", "policy")  # rows of Table 6
 COLUMNS = ("R@1", "R@5", "R@10", "CondR@1", "CondR@5", "CondR@10")
 
 
+def count(text):
+    """argparse's type of a number of 1 or more."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def add_flags(parser):
     """The flags of every tool that goes on from the rows of an evaluation."""
     parser.add_argument("--data", default="data/world", help="folder that prepare.py wrote")
@@ -37,7 +44,7 @@ def add_flags(parser):
     parser.add_argument("--out", help="folder of the rows, for what is written too; default: eval/ in the run's folder")
     parser.add_argument("--split", default="test", help="split of the data: train, val or test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step; memory, not results")
+    parser.add_argument("--batch-size", type=count, default=64, help="images a step; memory, not results")
 
 
 def open_rows(args, methods):
