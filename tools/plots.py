@@ -1,4 +1,4 @@
-"""The plots and pictures of tools/report.py: Figure 2, Table 4 as bars, the operating curve, the training, queries.
+"""The plots and pictures of tools/report.py: Figure 2, the operating curve, the training, queries.
 
 A plot is one panel: beside each other on a desktop, below each other on a phone. A case is a query in pictures: a
 heading of words and [(caption, PIL image)]. matplotlib is a package of requirements-dev.txt.
@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from scorer import InputError, crop, read_image, scores
-from tools.stats import mean
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7A7A7A"  # told apart by colour-blind readers (Okabe-Ito)
 PANELS = (  # name, title, y label, ((field of log.jsonl, label, colour), ...), what to see
@@ -59,7 +58,7 @@ def draw(run, label, without=None):
 
     without: {measure: [Q]} of an ablation without the margin term, for the other half of Figure 2.
     """
-    return [*margin_plots(run, without), *behaviour_plots(run, label), *curve_plots(run, label), *training_plots(run)]
+    return [*margin_plots(run, without), *curve_plots(run, label), *training_plots(run)]
 
 
 def canvas(title, xlabel, ylabel):
@@ -109,32 +108,6 @@ def margin_plots(run, without):
         plots.append(drawn(figure, name, f"Figure 2, {title}. A point is a cropped query; above the line (blue dots) "
                            "the crop widened the distance between the best positive and the best negative. Upper left: "
                            f"a wrong first place was put right. Mean gain {np.mean(y - x):+.3f}."))
-    return plots
-
-
-def behaviour_plots(run, label):
-    """Table 4 as bars: base against learned policy."""
-    names = [name for name in ("zeroshot", "policy") if name in run.rows]
-    plots = []
-    for group, title, good in (("=1", "Full image right (rank 1)", "The less it crops and hurts here, the better."),
-                               (">1", "Full image wrong (rank > 1)", "The more it crops and helps here, the better.")):
-        if not names or np.isnan(run.study.mean(names[0], f"crop {group}")):
-            continue
-        figure, axes = canvas(title, "", "% of queries")
-        for place, (name, colour) in enumerate(zip(names, (GREY, BLUE))):
-            facts = [f"{what} {group}" for what in ("crop", "help", "hurt", "same")]
-            middle = np.array([run.study.mean(name, fact) for fact in facts]) * 100  # [4]
-            bounds = np.array([run.study.interval(name, fact) for fact in facts]).T * 100  # [2, 4]
-            x = np.arange(4) + 0.4 * place - 0.2
-            axes.bar(x, middle, 0.38, color=colour, label=label(name))
-            axes.errorbar(x, middle, [np.maximum(middle - bounds[0], 0), np.maximum(bounds[1] - middle, 0)],
-                          fmt="none", ecolor="black", elinewidth=1, capsize=2)
-            for left, height, top in zip(x, middle, bounds[1]):
-                axes.text(left, top + 1.5, f"{height:.0f}", ha="center", fontsize=9)
-        axes.set_xticks(range(4), ["crops", "helps", "hurts", "no change"])
-        axes.set_ylim(0, 108)
-        plots.append(drawn(figure, f"table4_{'right' if group == '=1' else 'wrong'}",
-                           f"Table 4, {title.lower()}. {good} Whiskers: 95 % intervals.", legend=True))
     return plots
 
 
