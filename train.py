@@ -490,13 +490,14 @@ def try_largest(policy, data, args):
     question = max((query.question for query in data.queries), key=len)
     queries = math.ceil(args.queries / process()[1])
     prompts = policy.prompts([Image.new("RGB", (side, side))] * queries, [question] * queries)
-    groups, counts = sample_groups(policy, prompts, [(args.seed, 0, b) for b in range(queries)], args)
-    tables = torch.ones(len(groups), max(map(len, groups))), torch.ones(len(groups), max(map(len, groups)))
+    groups, _ = sample_groups(policy, prompts, [(args.seed, 0, b) for b in range(queries)], args)
+    ones = torch.ones(queries, args.group)
     part = list(range(min(args.micro, queries)))
-    backward(policy, part, prompts, groups, (*tables, tables[0]), 1.0, {}, args, ["the largest row"] * queries)
+    backward(policy, part, prompts, groups, (ones, ones, ones), 1.0, {}, args, ["the largest"] * queries)
     for parameter in policy.lora_parameters():
         parameter.grad = None
-    print(f"memory: {memory_mb(policy.device):,} MiB at the peak of the largest row, {len(prompts[0].ids)} tokens")
+    if process()[0] == 0:
+        print(f"memory: {memory_mb(policy.device):,} MiB at the peak of the largest row, {len(prompts[0].ids)} tokens")
 
 
 @contextlib.contextmanager
@@ -695,8 +696,9 @@ def train(args):
         config = describe_run(args, data)
         holds = check_run(run, config, args.resume)  # before the policy: a refusal should not wait for gigabytes
         if holds == "finished":
-            print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
-            (run / "finished").touch()  # make asked because data/ is newer: up to date
+            if first:
+                print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
+                (run / "finished").touch()  # make asked because data/ is newer: up to date
             return 0
         policy = open_policy(args, config["system_prompt"])
         # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.

@@ -6,7 +6,7 @@
 
 What a program gets wrong on its first card is where its tensors are: a table left in main memory, `.numpy()` without
 `.cpu()`, a second process on the first process's card. Here these fail as they do there, on a machine without a card,
-and what is written for CUDA alone (bfloat16, pinned pixels, the memory check, NCCL) is run. Not shown: speed, memory,
+and what is written for CUDA alone (bfloat16, the largest row, NCCL) is run. Not shown: speed, memory,
 and the rounding of CUDA's own kernels.
 
 How: a `Card` wraps a CPU tensor. To Python it is on cuda:0; to C++ it is on the meta device, so that nothing asks a
@@ -179,10 +179,10 @@ def pretended_collectives():
     yield from ((name, checked(getattr(dist, name))) for name in ("all_gather", "all_reduce", "broadcast"))
 
 
-def pretended_calls(free):
-    """(owner, name, what stands in for it): all that would ask a driver. free: bytes that the card says are free."""
+def pretended_calls():
+    """(owner, name, what stands in for it): all that would ask a driver."""
     facts = {"is_available": True, "device_count": 1, "current_device": Card.home.index, "get_device_name": "a CPU",
-             "mem_get_info": (free, free), "memory_reserved": 0, "memory_allocated": 0, "max_memory_allocated": 0,
+             "memory_allocated": 0, "max_memory_allocated": 0,
              "reset_peak_memory_stats": None, "synchronize": None, "empty_cache": None, "set_device": None,
              "_lazy_init": None, "manual_seed_all": None, "get_rng_state": torch.zeros(1), "set_rng_state": None,
              "is_bf16_supported": True}
@@ -198,11 +198,11 @@ def pretended_calls(free):
 
 
 @contextlib.contextmanager
-def pretend_cuda(index=0, free=80 << 30):
-    """Yields the class `Card`, with `operations` counted from 0. index: the card's number; free: its memory in bytes."""
+def pretend_cuda(index=0):
+    """Yields the class `Card`, with `operations` counted from 0. index: the card's number."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(Card, home=torch.device("cuda", index), operations=0))
-        for owner, name, instead in pretended_calls(free):
+        for owner, name, instead in pretended_calls():
             stack.enter_context(mock.patch.object(owner, name, instead))
         stack.enter_context(Kernels())
         stack.enter_context(Calls())

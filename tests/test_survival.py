@@ -320,27 +320,6 @@ def test_full_disk_loses_nothing_that_was_whole(home, unbroken, tmp_path, name):
     same_run(run, unbroken)
 
 
-def test_disk_that_is_too_small(home, unbroken, tmp_path):  # noqa: F811
-    """A real one: a memory file system that has room for some steps, then grows."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = sum(path.stat().st_size for path in unbroken.rglob("*") if path.is_file())
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * .7) // 4096 * 4}k", "tmpfs", str(disk)],
-                             capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root may mount")
-    try:
-        run = disk / "run"
-        message = refused(*command(home, run))
-        assert "No space left" in message and "make room" in message and "--resume" in message
-        assert "make room" in refused(*command(home, run, "--resume"))  # still full
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        train.main(command(home, run, "--resume"))
-        same_run(run, unbroken)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 # ---- damaged and hostile files ---------------------------------------------------------------------------------------
 
 
