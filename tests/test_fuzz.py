@@ -156,8 +156,10 @@ def floats(value):
 
 def read_raw(args):
     """prepare.py's reading of everything but images; every row that was read is kept or counted as dropped."""
-    questions, _ = prepare.read_all(args, None, prepare.Drops(), prepare.Drops())
-    for split in questions.values():
+    splits = [prepare.read_questions(args, name) for name in args.splits]
+    prepare.find_images(args, splits)
+    prepare.read_kb(args, splits, {}, f"{args.out}.draft")
+    for split in splits:
         assert split.read == len(split.rows) + sum(split.drops.counts.values())
 
 

@@ -26,7 +26,7 @@ def test_made_knowledge_base(tmp_path):
                         "image_section_indices", "url"}
     assert len(one["section_titles"]) == len(one["section_texts"])
     assert len(one["image_reference_descriptions"]) == len(one["image_section_indices"]) == 6
-    files = dict(prepare.stream_json(os.path.join(root, "url_to_path_mapping.json"), b'"'))
+    files = dict(prepare.stream_json(os.path.join(root, "url_to_path_mapping.json")))
     assert list(files) == [image for entry in kb.values() for image in entry["image_urls"]]
     texts = "".join(text for entry in kb.values() for text in entry["section_texts"])
     assert all(trap in texts for trap in ('"so called"', "{{cite}},", "\n", "\u6771\u4eac", "\\"))
@@ -65,7 +65,7 @@ def test_scan_embeds_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "measure", lambda path, setup, work: asked.append(work) or measure(path, setup, work))
     found = scale.measure_scan(*(scale.make_root(str(tmp_path), entries, 500) for entries in (60, 50)))
     assert found["seconds"] > 0 and found["peak_mb"] > 0
-    assert len(asked) == 2 and all("read_all" in work and "prepare.prepare(" not in work for work in asked)
+    assert len(asked) == 2 and all("read_kb" in work and "prepare.prepare(" not in work for work in asked)
 
 
 def test_made_scorer_is_read_as_a_published_one_is(tmp_path, monkeypatch):
