@@ -454,7 +454,7 @@ def cost_table(run):
                          f"{found.get('peak_bytes', {}).get(part, np.nan) / 1e6:.0f}".replace("nan", "-")])
     return Table("table9", "Table 9. Cost of inference, random weights",
                  ["bench", "machine", "answer", "batch", "s a query", "queries/s", "peak MB"], rows,
-                 "From tools/bench.py: models of the real shapes with random weights, images of about 1,000 tokens; "
+                 "From tools/bench.py: random weights in the shape of the named model, images of about 1,000 tokens; "
                  "the machine is the bench's, not this page's. FULL ends at the decision; grammar and free write a box "
                  "of as many tokens.")
 
