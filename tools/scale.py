@@ -68,7 +68,6 @@ import prepare
 features = np.load(path, mmap_mode="r")
 m, d = features.shape
 queries = prepare.normalise(np.random.default_rng(1).normal(size=({queries}, d)))
-index = prepare.build_index(features)
 block = prepare.normalise(features[:1 << 16])
 product, found, turns = [], [], 3
 """
@@ -79,7 +78,7 @@ for _ in range(turns):  # in turns, for a busy machine; the best of each counts
         queries @ block[:m - first].T  # [Q, n]
     product.append(time.perf_counter() - begin)
     begin = time.perf_counter()
-    index.search(queries, 20)
+    prepare.nearest_images(features, queries, 20)
     found.append(time.perf_counter() - begin)
 gflop = 2e-9 * m * d * len(queries)
 count = dict(product_gflops=gflop / min(product), search_gflops=gflop / min(found), ratio=min(product) / min(found))
@@ -89,29 +88,32 @@ import numpy as np
 import prepare
 features = np.load(path, mmap_mode="r")[:3 * {entities}]
 owner = np.arange(len(features)) // 3
-index = prepare.build_index(features)
 queries = np.random.default_rng(1).normal(size=({queries}, features.shape[1])).astype(np.float16)
 count = []
 """
 RETRIEVAL_WORK = """
 for part in (queries[:len(queries) // 2], queries):
     begin = time.perf_counter()
-    prepare.retrieve(index, owner, part, 20)
+    prepare.nearest_entities(features, owner, part, 20)
     count.append(time.perf_counter() - begin)
 """
 EMBED = """
-import argparse
 import torch
-import prepare
-from scorer import load_scorer
-args, before = argparse.Namespace(root="", batch_size={batch}), peak()
+from scorer import load_scorer, read_image
+texts, before = ["A made-up text of some words, as long as a title and the start of an article. " * 6] * 16, peak()
 """
 EMBED_WORK = """
 scorer = load_scorer(path, "{device}", {dtype!r})
 loaded, size = time.perf_counter() - start, sum(p.nbytes for p in scorer.model.parameters())
 most = peak() - before
-scorer.batch_size = args.batch_size
-per_image, per_text = prepare.trial(args, scorer, {images})
+scorer.batch_size, times = {batch}, []
+for work in (lambda: scorer.image_features([read_image(image) for image in {images}]),
+             lambda: scorer.text_features(texts)):
+    work()  # the first is slower
+    begin = time.perf_counter()
+    work()
+    times.append(time.perf_counter() - begin)
+per_image, per_text = times[0] / {batch}, times[1] / len(texts)
 count = dict(load_seconds=loaded, load_peak=most, bytes=size, per_image=per_image, per_text=per_text,
              images={batch}, device=str(scorer.device), dtype=str(scorer.dtype), threads=torch.get_num_threads())
 """
@@ -301,13 +303,13 @@ def measure_stream(root, repeat):
 
 
 def measure_scan(root, small):
-    """prepare.read_all on a root and on a small one: seconds, and peak memory beyond the small one's."""
+    """All that prepare.py reads of a root and of a small one: seconds, and peak memory beyond the small one's."""
     def read(folder):
         setup = "import prepare"
-        flags = ["--root", os.path.abspath(folder), "--splits", "test", "--dry-run", "--device", "cpu"]
-        # Not the whole of --dry-run: the memory of its trial batch would hide what is read.
-        work = (f"args = prepare.parse_args({flags!r})\n"
-                "prepare.read_all(args, None, prepare.Drops(), prepare.Drops())\ncount = 0")
+        flags = ["--root", os.path.abspath(folder), "--splits", "test"]
+        work = (f"args = prepare.parse_args({flags!r})\nsplits = [prepare.read_questions(args, 'test')]\n"
+                "prepare.find_images(args, splits)\n"
+                f"prepare.read_kb(args, splits, {{}}, {os.path.join(folder, 'draft.jsonl')!r})\ncount = 0")
         return measure(folder, setup, work)
     big, base = read(root), read(small)
     return {"seconds": big["seconds"], "peak_mb": big["peak_mb"], "beyond_mb": big["peak_mb"] - base["peak_mb"]}
