@@ -106,11 +106,8 @@ def parse(text, resized_size, original_size, p_region=None):
     if decision == "FULL":
         # An empty tool field says the same as none at all; a tool call says the opposite of FULL.
         return Action("FULL", None, p_region, text) if tool in (None, "null", '""') else malformed
-    call = TOOL_CALL.fullmatch(tool or "")
-    if call is None:
-        return malformed
     try:
-        call = json.loads(call[1])
+        call = json.loads(TOOL_CALL.fullmatch(tool or "")[1])  # TypeError without a tool call
         name, box, label = call["name"], call["arguments"]["bbox_2d"], call["arguments"].get("label", "")
         # bool is an int to Python but not a number to JSON. float() overflows on an integer of 400 digits.
         numbers = [float(x) for x in box if type(x) in (int, float)]

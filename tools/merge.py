@@ -85,8 +85,11 @@ def main(argv=None):
         base = args.policy or adapter_base(args.adapter)
         prompt, pixels = trained_under(args)
         policy = load_policy(base, args.adapter, dtype=args.dtype, max_pixels=pixels, system_prompt=prompt)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"merge: {error}") from error
+    try:
         save_merged(policy, args.out)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except FileExistsError as error:
         raise SystemExit(f"merge: {error}") from error
     print(f"wrote {args.out}: {base} with {args.adapter} folded in, {args.dtype}")
 
