@@ -25,6 +25,7 @@ import rgrpo
 import tiny_policy
 import train
 from policy import Action, load_policy
+from rewards import reward
 from scorer import (
     EvaClip, EvaClipConfig, InputError, Query, crop, load_data, load_scorer, write_array, write_json, write_split,
 )
@@ -240,9 +241,10 @@ def test_a_query_that_comes_twice_in_a_step_has_two_seeds(home, data, monkeypatc
 def test_epochs_are_steps(home, tmp_path, monkeypatch, more, wanted):
     base, asked = flags(home, tmp_path / "run"), []
     at = base.index("--steps")
-    monkeypatch.setattr(train, "run_steps", lambda start, steps, *rest: asked.append(steps))
+    monkeypatch.setattr(train, "run_steps", lambda start, steps, policy, optimizer, *rest: asked.append(
+        (steps, optimizer.defaults["weight_decay"])))
     train.main(base[:at] + base[at + 2:] + more)
-    assert asked == [wanted] and train.parse_args(base[:at] + base[at + 2:] + more).steps is None
+    assert asked == [(wanted, 0)] and train.parse_args(base[:at] + base[at + 2:] + more).steps is None
 
 
 def test_presets():
@@ -307,7 +309,7 @@ def test_force_with_free_text_writes_every_rollout(home, data, settings):
 def test_resample_draws_anew_what_is_missing_and_nothing_else(home, data, settings, monkeypatch):
     policy, asked = new_policy(home), []
     monkeypatch.setattr(policy, "rollout", lambda prompts, *rest, roll=policy.rollout, **more:
-                        asked.append(len(prompts)) or roll(prompts, *rest, **more))
+                        asked.append((len(prompts), set(more["seeds"]))) or roll(prompts, *rest, **more))
     rows = [0, 1, 2, 3, 4, 5] * 3
     seeds = [(0, 0, i) for i in range(18)]
     prompts = opened(policy, data, rows)
@@ -316,7 +318,8 @@ def test_resample_draws_anew_what_is_missing_and_nothing_else(home, data, settin
     assert counts == [[1] * 3] * 18 and not any(c.forced_decision for group in plain for c in group)
     lacking = [set(group) != {"FULL", "REGION"} for group in decisions(plain)]
     assert 0 < sum(lacking) < 18  # both kinds are looked at
-    assert asked == [18, 18, sum(lacking)]
+    assert [count for count, _ in asked] == [18, 18, sum(lacking)]
+    assert asked[0][1] == asked[1][1] and not asked[1][1] & asked[2][1]  # what is drawn again is drawn anew
     assert all({"FULL", "REGION"} == set(group) for group in decisions(groups))
     for lacks, old, new in zip(lacking, plain, groups):
         assert [c.forced_decision for c in new].count(True) == int(lacks)  # one is the fewest that mends it
@@ -369,6 +372,29 @@ def test_rewards_of_a_group(data, scorer, settings):
         full = (data.full[row].astype(float) @ data.candidates(row).T).argmax() == np.argmax(data.labels[row])
         assert found["total"][[0, 4, 5]].tolist() == [float(full), -0.7, float(full)]
         assert found["total"][1] == found["total"][3] != found["total"][2]
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ((), {}), (("--reward", "absolute"), {"kind": "absolute"}), (("--eta", "0.3"), {"eta": .3}),
+    (("--reward-weights", "1", "0", "-2", ".5"), {"weights": (1, 0, -2, .5)})])
+def test_flags_of_the_reward(data, scorer, settings, more, wanted):
+    views = train.score_views(data, scorer, [3, 0, 2], [data.open_image(i) for i in (3, 0, 2)], ACTIONS)
+    found = train.reward_groups(data, [3, 0, 2], ACTIONS, views, settings(*more))
+    for row, group, (full, seen), earned in zip((3, 0, 2), ACTIONS, views, found):
+        oracle = reward([a.decision for a in group], seen, full, data.labels[row], **wanted)
+        assert earned.keys() == oracle.keys() and all((earned[name] == oracle[name]).all() for name in oracle)
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ((), {}), (("--no-std",), {"std": False}), (("--advantage", "group"), {"mode": "group"}),
+    (("--decision-weight", "pi"), {"decision_weight": "pi", "p_region": torch.tensor([.1, .7])})])
+def test_flags_of_the_advantage(settings, more, wanted):
+    actions = [[Action(d, None, p, "") for d in ("FULL", "REGION", "REGION")] for p in (.1, .7)]
+    totals, counts = [[1., .2, -.4], [0., .5, .1]], [[2, 1, 1], [2, 1, 1]]
+    found = train.judge(actions, counts, [{"total": np.array(total)} for total in totals], settings(*more))
+    codes = torch.tensor([[rgrpo.FULL, rgrpo.REGION, rgrpo.REGION]] * 2)
+    oracle = rgrpo.advantages(torch.tensor(totals), codes, weights=torch.tensor(counts), **wanted)
+    assert all(map(torch.equal, found[:2], oracle)) and found[2].tolist() == counts
 
 
 def test_judge_pads_short_groups_with_weight_0(settings):
@@ -466,14 +492,33 @@ def test_the_first_inner_step_has_ratio_1_and_the_second_moves(home, data, setti
     torch.manual_seed(0)
     numbers, _ = gradient(policy, prompts, groups, advantages, args)
     assert numbers["ratio_max"] == 1.0 and numbers["clip_fraction"] == 0.0
-    args.inner_steps, optimizer, ratios = 2, torch.optim.AdamW(policy.lora_parameters(), lr=0.02), []
+    args.inner_steps, optimizer, ratios, values = 2, torch.optim.AdamW(policy.lora_parameters(), lr=0.02), [], []
     plain = rgrpo.loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rgrpo, "loss", lambda logp, old, *rest: ratios.append(
-            (logp - old).detach().exp()) or plain(logp, old, *rest))
-        train.update(policy, optimizer, prompts, groups, advantages, args, ["a", "b", "c", "d"])
+            (logp - old).detach().exp()) or values.append((rest[2], plain(logp, old, *rest))) or values[-1][1])
+        args.clip = 0.07
+        numbers = train.update(policy, optimizer, prompts, groups, advantages, args, ["a", "b", "c", "d"])
     # Micro-batches of 2: queries 0-1, 2-3 and, after the step, 0-1, 2-3 once more.
     assert [bool((ratio == 1).all()) for ratio in ratios] == [True, True, False, False]
+    assert {clip for clip, _ in values} == {0.07}
+    assert numbers["loss"] == pytest.approx(sum(value.item() for _, (value, _) in values) / 2)  # a mean of inner steps
+
+
+def test_sampling_and_scoring_share_the_temperature(home, data, settings):
+    policy, args = new_policy(home, away=0.1), settings("--temperature", "3")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    assert gradient(policy, prompts, groups, advantages, args)[0]["logp_gap"] < 1e-4
+    args.temperature = 1.0
+    assert drawn(policy, data, args)[1][0][1].log_probs != groups[0][1].log_probs
+
+
+def test_gradient_is_clipped(home, data, settings):
+    policy, args = new_policy(home, away=0.1), settings("--max-grad-norm", "1e-3")
+    prompts, groups, _, advantages = drawn(policy, data, args)
+    optimizer = torch.optim.SGD(policy.lora_parameters(), lr=1e-9)
+    numbers = train.update(policy, optimizer, prompts, groups, advantages, args, list("abcd"))
+    assert numbers["grad_norm"] > 1e-2 and float(flat_gradient(policy).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_dropout_is_on_in_the_update_and_off_in_everything_else(home, data, settings):
@@ -724,6 +769,14 @@ def test_another_seed_gives_other_numbers_and_the_same_seed_the_same(home, data,
     first, again, other = found
     assert first[:2] == again[:2] and all(map(torch.equal, first[2], again[2]))
     assert first[0]["p_region"] != other[0]["p_region"] and first[1] != other[1]
+
+
+def test_dropout_is_drawn_anew_in_each_step(home, tmp_path, monkeypatch):
+    seeds, plain = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or plain(seed))
+    for seed in ("0", "1"):
+        train.main(flags(home, tmp_path / seed, "--seed", seed, "--eval-every", "0"))
+    assert len(seeds) == len(set(seeds)) == 8  # two runs of four steps
 
 
 def refused(*command):
