@@ -155,6 +155,8 @@ def main(argv=None):
 def prepare(args):
     """The whole stage; returns the manifest, or None in the processes of torchrun that only embed."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = tqdm.write if rank == 0 else (lambda text: None)
+    say(f"Loading {args.scorer}, then the questions and the names of their images ...")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # or all would put 16 GB of weights on the first card
@@ -171,6 +173,7 @@ def prepare(args):
     splits = [read_questions(args, name) for name in args.splits]
     find_images(args, splits)
     run = {query: ids for path in args.retrieved or () for query, ids in read_trec(path).items()}
+    say("The knowledge base, after the list of its images ...")
     kb = read_kb(args, splits, run, os.path.join(work, f"kb-{rank}.jsonl"), quiet=rank > 0)
 
     images, texts = (Features(work, kind, scorer, rank, world) for kind in ("image", "text"))
@@ -926,9 +929,11 @@ def nearest_entities(kb_image, kb_entity, queries, k, device="cpu"):
         while len(todo):
             found = zip(*nearest_images(kb_image, queries[todo], depth, device))
             best = [best_of_each(kb_entity, *one, k, depth == len(kb_image)) for one in found]
-            done = np.array([one is not None for one in best])
-            rows[todo[done]] = [one for one in best if one is not None] or 0
-            todo, depth = todo[~done], min(4 * depth, len(kb_image))  # most queries are done in the first round
+            for i, chosen in zip(todo, best):
+                if chosen is not None:
+                    rows[i] = chosen
+            # Most queries are done in the first round.
+            todo, depth = todo[[chosen is None for chosen in best]], min(4 * depth, len(kb_image))
     return kb_entity[rows], rows, cosines_of(kb_image, queries, rows)
 
 
@@ -1028,7 +1033,7 @@ def write_pools(args, split, kb, images, run, device):
     # Rows share images: each is searched once.
     places, image_of = np.unique([split.place[row.image] for row in split.rows], return_inverse=True)
     full = images.take(places)  # [distinct images, D]
-    tqdm.write(f"{split.name}: the candidates of {len(full)} images, among {len(kb_image)}", file=sys.stderr)
+    tqdm.write(f"The candidates of {len(full)} images of {split.name}, among {len(kb_image)} ...")
     if args.retrieved:
         pool_image = best_images(kb_image, kb_entity, full[image_of], pool)
         retrieval = cosines_of(kb_image, full[image_of], pool_image)
