@@ -68,7 +68,7 @@ def number(kind, least, below=math.inf):
     return read
 
 
-whole, share, least_1, above_0 = number(int, 0), number(float, 0), number(int, 1), number(float, 1e-12)
+whole, real, least_1, above_0 = number(int, 0), number(float, 0), number(int, 1), number(float, 1e-12)
 FLAGS = {  # group: (flag, type or choices, default, help); where the default is None, a preset or the policy has one
     "files": [
         ("data", str, "data/world", "folder that prepare.py wrote"),
@@ -93,12 +93,12 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("decode", ("grammar", "free"), "grammar", "decision, digits, their ends are choices | any text, then parsed"),
         ("temperature", above_0, 1.0, "of sampling, and of the log-probabilities that are trained"),
         ("clip", above_0, 0.2, "of the probability ratio"),
-        ("beta", share, None, "weight of the KL term; 0 saves the reference policy's forward"),
+        ("beta", real, None, "weight of the KL term; 0 saves the reference policy's forward"),
         ("norm", ("token", "sequence"), "token", "the loss is a mean over tokens or over rollouts"),
         ("reward", ("delta", "absolute"), "delta", "Eq. 7-8 | .5 MRR + .5 NDCG, the release's option"),
         ("reward-weights", number(float, -1e9), [0.2, 0.2, 0.2, 0.4], "of dMRR, dNDCG, dRank and dMargin in Eq. 7"),
-        ("eta", share, 1.0, "what MALFORMED costs (Eq. 7)"),
-        ("encouragement", share, 0.0, "the release's bonus on every REGION reward at step 0, less each step"),
+        ("eta", real, 1.0, "what MALFORMED costs (Eq. 7)"),
+        ("encouragement", real, 0.0, "the release's bonus on every REGION reward at step 0, less each step"),
         ("encouragement-steps", least_1, 5000, "steps until that bonus is 0")],
     "LoRA (App. B)": [
         ("rank", least_1, 8, "r"),
