@@ -276,7 +276,9 @@ def test_rows_are_read_by_name(copy):
     run = report.open_run(report.parse_args(["--run", str(copy), "--resamples", "100"]))
     assert report.own_scorer(run) == ["full", "random", "center", "zeroshot", "always", "policy", "truth", "oracle",
                                       "policy+fuse"]
+    asked = [i % 2 == 0 for i, row in enumerate(found["policy"]) if row["box"]]
     assert run.study.mean("policy", "iou") == .75 and run.notes == []  # of tools/crop_quality.py
+    assert run.study.mean("policy", "judge") == pytest.approx(np.mean(asked))
 
 
 @pytest.mark.parametrize("edit, message", [
@@ -490,8 +492,8 @@ def test_every_number_has_one_form():
 
 def test_pick_by_hand():
     """q0 fixed by a crop, q1 kept where the crop would have lost, q2 kept where it would not, q3 harmed, q4 still
-    wrong, q5 has no positive."""
-    def values(rank, crop=(1, 0, 0, 1, 0, 1)):
+    wrong with a crop, q5 has no positive."""
+    def values(rank, crop=(1, 0, 0, 1, 1, 1)):
         return {"rank": rank, "crop": crop, "CondR@1": [0, 0, 0, 0, 0, np.nan]}
     run = run_of({"full": values([3, 1, 1, 1, 2, 5]), "policy": values([1, 1, 1, 2, 2, 5]),
                   "always": values([1, 4, 1, 2, 3, 5])})
