@@ -212,11 +212,6 @@ def test_stream_names_the_entry(tmp_path, monkeypatch, chunk):
         assert "is not an object" in error(content.encode()) or "bad soon after" in error(content.encode())
 
 
-def test_stream_keeps_repeated_keys(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": {"x": 1}, "b": {}, "a": {"x": 2}}')
-    assert list(P.stream_json(str(tmp_path / "a.json"))) == [("a", {"x": 1}), ("b", {}), ("a", {"x": 2})]
-
-
 def test_stream_needs_little_memory(tmp_path):
     one = json.dumps(entry(1, section_texts=["word " * 400]))
     with open(tmp_path / "kb.json", "w", encoding="utf-8") as file:
@@ -333,13 +328,6 @@ def test_kb_warts(root, scorer):
         "image repeated in its entry": 1, "image url not in url_to_path_mapping.json": 3, "image missing": 1,
         "entry repeated": 2}
     assert manifest["kb"]["images"] == 2 * ENTITIES + 1 and scorer.images == 2 * ENTITIES + ENTITIES
-
-
-def test_all_images_missing(root, scorer):
-    landmarks(root)
-    S.write_json(root / "url_to_path_mapping.json", {"https://up.org/other.jpg": "kb/other.jpg"})
-    with pytest.raises(SystemExit, match=r"0 of 12 entries have a readable image.*image url not in url_to_path.*: 24"):
-        P.main(arguments(root))
 
 
 def test_wrong_files_for_their_roles(root, scorer):

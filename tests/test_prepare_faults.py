@@ -375,8 +375,3 @@ def test_another_file_in_place_of_id2name(world):
     path.write_text('{"700": {"a": "b"}}')
     with pytest.raises(S.InputError, match="id2name.json: '700' has a dict, expected the path of its image"):
         T.run(world)
-
-
-def test_a_split_named_twice_counts_once(world):
-    """Its drops were counted for both, and kept + dropped was more than was read."""
-    assert P.parse_args(["--splits", "test,val,test"]).splits == ["test", "val"]
