@@ -7,16 +7,20 @@ makes of them.
 import itertools
 import json
 import os
+import struct
 import sys
 import types
-from collections import Counter, namedtuple
+from collections import namedtuple
 
 import faiss
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import prepare as P
 import scorer as S
-from tools import atomic, mine, runs
+from tools import atomic, echosight, mine, runs
 
 # ------------------------------------------------------------------------------------------- EchoSight's and OMGM's files
 
@@ -68,7 +72,7 @@ def knowledge_base(folder, kb, owner, queries, positives):
     """As much of a data folder as mine.py reads; entities are called e0, e1 ...; K = 2 with made-up pools."""
     names, q, pool = [f"e{j}" for j in range(owner[-1] + 1)], len(queries), np.zeros((len(queries), 2), np.int32)
     pool[:, 1] = 1
-    (folder / "kb.jsonl").write_text("".join(json.dumps({"entity_id": name}) + "\n" for name in names))
+    (folder / "kb.jsonl").write_text("".join(json.dumps({"entity_id": name, "title": name}) + "\n" for name in names))
     for name, array in (("kb_image", kb), ("kb_entity", owner), ("kb_text", np.zeros((len(names), kb.shape[1]), "f2"))):
         S.write_array(str(folder / f"{name}.npy"), array)
     S.write_split(str(folder), "train", [S.Query(f"q{i}", "x.png", "?", [f"e{j}"]) for i, j in enumerate(positives)],
@@ -116,9 +120,9 @@ def test_mined_pools_by_hand(world, capsys, tolerance):
 def test_mining_does_not_depend_on_blocks(world):
     data = S.load_data(world.folder, "train")
     rows = np.flatnonzero(world.positives < 90)
-    whole = mine.mine(data, rows, world.positives[rows], 5)
+    whole = mine.mine(data, data.full[rows], world.positives[rows], 5)
     for block, at_once in ((33, 7), (1, 1)):
-        parts = mine.mine(data, rows, world.positives[rows], 5, block=block, at_once=at_once)
+        parts = mine.mine(data, data.full[rows], world.positives[rows], 5, block=block, at_once=at_once)
         assert (parts[0] == whole[0]).all()
         np.testing.assert_allclose(parts[1], whole[1], atol=1e-6)
 
@@ -199,3 +203,171 @@ def test_atomic_refuses(parquet, change, complaint):
     with pytest.raises(SystemExit, match=complaint):
         atomic.main(parquet.flags)
     assert not (parquet.root / "url_to_path_mapping.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------- EchoSight's index
+
+WIKI, ENTITIES = "https://en.wikipedia.org/wiki/", 12
+
+
+class ColourScorer(S.Scorer):
+    """The feature of an image is its mean colour (grey = 0) and a constant, that of a text its length."""
+
+    def __init__(self):
+        super().__init__("colour", "cpu", "float32")
+        self.dim, self.images = 4, 0
+
+    def preprocess(self, image):
+        return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)) / 255 - 0.5)
+
+    def encode(self, pixels):
+        self.images += len(pixels)
+        return np.concatenate([pixels.numpy(), np.full((len(pixels), 1), 0.2, np.float32)], 1)
+
+    def fingerprint(self):
+        return np.ones(4, np.float32) / 2
+
+    def text_features(self, texts):
+        return np.array([[0, 0, 0, 0.001 * len(text)] for text in texts], np.float32)
+
+
+def colour(j, off=0):
+    return tuple(int(v) + off for v in np.random.default_rng(j).integers(0, 245, 3))
+
+
+def save(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 7), value).save(path, "PNG")
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """A root with 12 entities of 2 images and a landmark question for each, in E-VQA's files; and the scorer."""
+    scorer, root = ColourScorer(), tmp_path / "raw"
+    for module in (P, echosight, mine):
+        monkeypatch.setattr(module, "load_scorer", lambda *_: scorer)
+    kb, files = {}, {}
+    for j in range(ENTITIES):
+        urls = [f"https://up.org/e{j}_{n}.jpg" for n in range(2)]
+        kb[f"{WIKI}E {j}"] = {"title": f"Entity {j}", "section_texts": ["Lead."], "image_urls": urls}
+        for n, url in enumerate(urls):
+            files[url] = f"kb/e{j}_{n}.jpg"
+            save(root / files[url], colour(j, 3 * n))
+        save(root / f"landmarks/{j}.jpg", colour(j, 5))
+    S.write_json(root / "encyclopedic_kb_wiki.json", kb)
+    S.write_json(root / "url_to_path_mapping.json", files)
+    for split in ("train", "test"):
+        (root / f"{split}.csv").write_text("question,question_type,dataset_name,dataset_image_ids,wikipedia_url\n" + "".join(
+            f"How old is it?,automatic,landmarks,{j},{WIKI}E {(j + 5 * (split == 'train')) % 15}\n"
+            for j in range(ENTITIES)))
+    return types.SimpleNamespace(root=root, scorer=scorer, index=str(tmp_path / "echo"), data=str(tmp_path / "data"),
+                                 run=str(tmp_path / "out.trec"))
+
+
+def pickled(values):
+    """A list as Python's pickle writes it by protocol 2, texts with their memo."""
+    out = b"\x80\x02]q\x00("
+    for n, value in enumerate(values):
+        if isinstance(value, int):
+            out += b"J" + struct.pack("<i", value)
+        else:
+            out += b"X" + struct.pack("<I", len(value)) + value.encode() + b"r" + struct.pack("<I", n + 1)
+    return out + b"e."
+
+
+def write_index(raw, shift=0, skip=()):
+    """kb_index.faiss and its ids over all images of the knowledge base but those to skip, ids shifted by some."""
+    images = [(j, n) for j, n in itertools.product(range(ENTITIES), range(2)) if (j, n) not in skip]
+    index = faiss.IndexFlatIP(4)
+    index.add(S.normalise([[*(np.array(colour(j, 3 * n)) / 255 - 0.5), 0.2] for j, n in images]))
+    os.makedirs(raw.index, exist_ok=True)
+    faiss.write_index(index, f"{raw.index}/kb_index.faiss")
+    with open(f"{raw.index}/kb_index_ids.pkl", "wb") as file:
+        file.write(pickled([(j + shift) % ENTITIES for j, _ in images]))
+
+
+def search(raw, *more):
+    echosight.main(["--dataset", "evqa", "--root", str(raw.root), "--index", raw.index, "--out", raw.run, "--data", raw.data,
+                    "--k", "3", *more])
+
+
+def prepared(raw, *more):
+    """Pools as prepare.py writes them: [(query id, entity ids, image paths, labels)]."""
+    P.main(["--dataset", "evqa", "--root", str(raw.root), "--out", raw.data, "--k", "3", *more])
+    split = more[more.index("--splits") + 1]
+    data = S.load_data(raw.data, split)
+    return [(data.queries[i].query_id, [data.entity(j)["entity_id"] for j in data.pool[i]],
+             [data.candidate_image_path(m) for m in data.pool_image[i]], data.labels[i].tolist()) for i in range(len(data))]
+
+
+def test_echosight_pools_are_those_of_an_exact_search(raw, capsys):
+    """Though their index lacks an image, which shifts every url after it, and one of ours is gone."""
+    want = prepared(raw, "--splits", "test")
+    write_index(raw, skip={(9, 0)})
+    os.remove(raw.root / "kb/e11_1.jpg")
+    for path in (raw.root.parent / "data.work").iterdir():
+        path.unlink()
+    search(raw)
+    ranked, asked = S.read_trec(raw.run), raw.scorer.images
+    assert list(ranked) == [query for query, *_ in want] and all(len(ids) == 3 + P.SPARE for ids in ranked.values())
+    assert "23 of 23 vectors are features of an image" in capsys.readouterr().out
+    got = prepared(raw, "--splits", "test", "--retrieved", raw.run)
+    assert [one[:2] + one[3:] for one in got] == [one[:2] + one[3:] for one in want]
+    assert sum(a[2] == b[2] for a, b in zip(got, want)) >= ENTITIES - 2  # the image is chosen by our own features
+    assert raw.scorer.images == asked  # no picture is embedded twice
+
+
+def test_echosight_embeds_only_queries_without_confirming(raw):
+    write_index(raw)
+    save(raw.root / "landmarks/3.jpg", colour(4, 5))  # a query that shows entity 4
+    (raw.root / "landmarks/5.jpg").write_bytes(b"<html>")
+    search(raw, "--confirm", "0")
+    ranked = S.read_trec(raw.run)
+    assert ranked["E-VQA_test_3"][0] == f"{WIKI}E%204" and "E-VQA_test_5" not in ranked and len(ranked) == ENTITIES - 1
+    assert raw.scorer.images == ENTITIES - 1
+
+
+def write_pickle(raw, content):
+    with open(f"{raw.index}/kb_index_ids.pkl", "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("break_, complaint", [
+    (lambda raw: write_index(raw, shift=1), "ids are shifted"),
+    (lambda raw: write_pickle(raw, pickled([0] * 23)), "24 vectors of 4 .* 23 ids"),
+    (lambda raw: write_pickle(raw, pickled([0] * 23 + [12])), "places in .* 0 to 11; 0 to 12"),
+    (lambda raw: write_pickle(raw, pickled(["x"] * 24)), "opcode BINUNICODE"),
+    (lambda raw: os.remove(f"{raw.index}/kb_index_ids.pkl"), r"kb_index_ids\.pkl is missing"),
+    (lambda raw: faiss.write_index(faiss.IndexFlatIP(3), f"{raw.index}/kb_index.faiss"), "0 vectors of 3 numbers"),
+    (lambda raw: faiss.write_index(faiss.IndexFlatL2(4), f"{raw.index}/kb_index.faiss"), "no flat index of inner"),
+    (lambda raw: os.truncate(f"{raw.index}/kb_index.faiss", 60), "faiss cannot read it"),
+    (lambda raw: os.remove(raw.root / "encyclopedic_kb_wiki.json"), "encyclopedic_kb_wiki.json is missing"),
+    (lambda raw: os.remove(raw.root / "test.csv"), "test.csv is missing")],
+    ids=["shifted", "short", "too high", "texts", "ids gone", "dim", "distances", "cut", "kb", "csv"])
+def test_echosight_index_of_something_else(raw, break_, complaint):
+    write_index(raw)
+    break_(raw)
+    with pytest.raises(SystemExit, match=complaint):
+        search(raw)
+    assert not os.path.exists(raw.run)
+
+
+@pytest.mark.parametrize("content, want", [
+    (pickled([0, 0, 1, 70_000]), [0, 0, 1, 70_000]), (b"\x80\x02].", []),
+    (b"\x80\x04\x95\x09\x00\x00\x00\x00\x00\x00\x00]\x94(K\x00M\xe8\x03e.", [0, 1000]),  # protocol 4, BININT1 and 2
+    (b"(lp0\nI5\naI6\na.", [5, 6])])                                                        # protocol 0
+def test_read_ids(tmp_path, content, want):
+    (tmp_path / "ids.pkl").write_bytes(content)
+    assert echosight.read_ids(str(tmp_path / "ids.pkl")) == want
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"cos\nsystem\n(S'true'\ntR.", "opcode GLOBAL at byte 0 .* could run code"),
+    (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "opcode SHORT_BINUNICODE"), (b"\x80\x02}q\x00.", "opcode EMPTY_DICT"),
+    (b"\x80\x02]q\x00(K\x01K\x02\x93e.", "opcode STACK_GLOBAL"), (b"\x80\x02]q\x00]q\x01a.", "opcode EMPTY_LIST"),
+    (b"\x80\x02]q\x00(I01\ne.", "opcode INT"), (b"\x80\x02]q\x00h\x00a.", "opcode BINGET"),
+    (b"\x80\x02K\x01.", "holds no list"), (pickled([1, 2])[:-1], "STOP"), (b"", "STOP|exhausted|empty")])
+def test_read_ids_refuses(tmp_path, content, message):
+    (tmp_path / "ids.pkl").write_bytes(content)
+    with pytest.raises(S.InputError, match=rf"ids\.pkl.*({message})"):
+        echosight.read_ids(str(tmp_path / "ids.pkl"))

@@ -9,26 +9,28 @@ pool. Exact: every image of the knowledge base is compared, in one pass. Reads a
 nothing. Queries are counted and left out where the positive is not in the knowledge base, and where it has too few
 neighbours.
 
-The train split of a data folder holds only queries whose pool has the positive. To mine for all of them, prepare the
-folder with --k so large that every pool has it, or take the split's file as another's:  TODO
+prepare.py leaves out train queries whose pool lacks the positive, so a folder knows the others' features only. --all
+mines for them, too: it reads the questions again, as prepare.py did, with the features that it left in DATA.work.
 """
 
 import argparse
-import json
-import os
 from collections import Counter
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from scorer import InputError, load_data, normalise, write_trec
+import prepare
+from scorer import InputError, load_data, load_scorer, normalise, same_scorer, write_trec
+from tools.echosight import embed_queries
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/world", help="folder that prepare.py wrote (default data/world)")
     parser.add_argument("--split", default="train", help="train (default), val or test")
+    parser.add_argument("--all", action="store_true",
+                        help="also the rows that prepare.py left out for want of the positive (default: its queries)")
     parser.add_argument("--k", type=int, default=5, help="entities a pool, the positive among them, >= 2 (default 5)")
     parser.add_argument("--similarity-tolerance", type=float, default=0.05,
                         help="most difference in cosine between a negative and the positive, above 0 (default 0.05)")
@@ -41,15 +43,32 @@ def parse_args(argv=None):
     return args
 
 
-def find_positives(data):
-    """Line in kb.jsonl of each query's positive, int64 [Q]; -1 where the knowledge base has none of them."""
-    positives = [query.positives for query in data.queries]
-    wanted, line_of = {name for names in positives for name in names}, {}
-    with open(os.path.join(data.folder, "kb.jsonl"), encoding="utf-8", errors="surrogatepass") as file:
-        for j, line in enumerate(file):
-            if (name := json.loads(line)["entity_id"]) in wanted:
-                line_of[name] = j
-    return np.array([next((line_of[name] for name in names if name in line_of), -1) for names in positives], np.int64)
+def read_queries(data, args):
+    """The queries to mine for -> (ids [Q], features [Q, D], positives [Q], each a tuple of entity ids, and titles [Q])."""
+    if not args.all:
+        queries = list(data.queries)
+        return [q.query_id for q in queries], data.full, [tuple(q.positives) for q in queries], [""] * len(queries)
+    flags = prepare.parse_args([])
+    vars(flags).update(data.manifest["args"])  # the folder's own
+    flags.root, flags.out, flags.splits = data.root, args.data, [args.split]
+    scorer = load_scorer(flags.scorer, args.device, data.manifest["scorer"]["dtype"])
+    same_scorer(args.data, data.manifest, scorer)
+    rows, full, image = embed_queries(flags, scorer)
+    return [row.query_id for row in rows], full[image], [row.positives for row in rows], [row.title for row in rows]
+
+
+def find_positives(data, positives, titles):
+    """Line in kb.jsonl of each query's positive, int64 [Q]: the first of its ids that is there, else the one entity with
+    its title (InfoSeek's official files have titles); -1 where the knowledge base has none of them."""
+    wanted, wanted_titles = {name for names in positives for name in names}, set(titles) - {""}
+    line_of, line_of_title = {}, {}
+    for j, entity in enumerate(data.entities):
+        if entity["entity_id"] in wanted:
+            line_of[entity["entity_id"]] = j
+        if entity["title"] in wanted_titles:
+            line_of_title[entity["title"]] = -1 if entity["title"] in line_of_title else j
+    return np.array([next((line_of[name] for name in names if name in line_of), line_of_title.get(title, -1))
+                     for names, title in zip(positives, titles)], np.int64)
 
 
 def first_images(data):
@@ -62,24 +81,24 @@ def best_cosine(data, starts, query, entity):
     return (normalise(data.kb_image[starts[entity]:starts[entity + 1]]) @ query).max()
 
 
-def mine(data, rows, positives, k, device="cpu", block=1 << 15, at_once=1 << 10):
-    """The k - 1 entities nearest to the positive, for queries `rows` with positives [Q] (lines of kb.jsonl).
+def mine(data, full, positives, k, device="cpu", block=1 << 15, at_once=1 << 10):
+    """The k - 1 entities nearest to the positive, for queries full [Q, D] with positives [Q] (lines of kb.jsonl).
 
     -> (entities [Q, k - 1], -1 where the knowledge base has too few; gaps [Q, k - 1] of the cosines, ascending). Of equal
     gaps the first entities: with an image that many entities share, their names would else be left to chance.
     """
-    queries, starts = normalise(data.full[rows]), first_images(data)  # [Q, D], [E + 1]
+    queries, starts = normalise(full), first_images(data)  # [Q, D], [E + 1]
     target = np.array([best_cosine(data, starts, *pair) for pair in zip(queries, positives)], np.float32)  # [Q]
     queries, target = torch.from_numpy(queries).to(device), torch.from_numpy(target).to(device)[:, None]
     gold = torch.from_numpy(positives).to(device)[:, None]  # [Q, 1]
-    gaps = torch.full((len(rows), k - 1), float("inf"), device=device)
-    found = torch.full((len(rows), k - 1), -1, device=device)
+    gaps = torch.full((len(full), k - 1), float("inf"), device=device)
+    found = torch.full((len(full), k - 1), -1, device=device)
     # Blocks of about so many images, of whole entities.
     edges = np.unique(np.append(starts[np.searchsorted(starts, np.arange(0, starts[-1], block))], starts[-1]))
     for first, end in zip(edges, tqdm(edges[1:], desc="mine", unit="block", disable=None)):
         features = torch.from_numpy(normalise(data.kb_image[first:end])).to(device)  # [n, D]
         owner = torch.from_numpy(data.kb_entity[first:end].astype(np.int64)).to(device)  # [n]
-        for start in range(0, len(rows), at_once):  # 1,024 queries times 32,768 images: 134 MB of cosines
+        for start in range(0, len(full), at_once):  # 1,024 queries times 32,768 images: 134 MB of cosines
             part = slice(start, start + at_once)
             entities, gap = entity_gaps(queries[part] @ features.T, owner, target[part], gold[part])
             gaps[part], found[part] = nearest(torch.cat([gaps[part], gap], 1),  # [q, k - 1 + e], entities ascending
@@ -109,17 +128,18 @@ def nearest(gap, names, count):
 
 def pools(data, args, counts):
     """Yield (query id, entity ids, cosines) of each pool; what becomes of every query is added to counts."""
-    positives, starts = find_positives(data), first_images(data)  # [Q], [E + 1]
+    ids, full, names, titles = read_queries(data, args)
+    positives, starts = find_positives(data, names, titles), first_images(data)  # [Q], [E + 1]
     rows = np.flatnonzero(positives >= 0)
-    counts["positive not in the knowledge base"] = len(data) - len(rows)
-    found, gaps = mine(data, rows, positives[rows], args.k, args.device)
+    counts["positive not in the knowledge base"] = len(ids) - len(rows)
+    found, gaps = mine(data, full[rows], positives[rows], args.k, args.device)
     for i, negatives, gap in zip(rows.tolist(), found.tolist(), gaps):
         if gap[-1] > args.similarity_tolerance:
             counts["too few negatives as similar as the positive"] += 1
             continue
-        pool, query = [int(positives[i]), *negatives], normalise(data.full[i])
+        pool, query = [int(positives[i]), *negatives], normalise(full[i])
         counts["pools"] += 1
-        yield (data.queries[i].query_id, [data.entity(j)["entity_id"] for j in pool],
+        yield (ids[i], [data.entity(j)["entity_id"] for j in pool],
                [best_cosine(data, starts, query, j) for j in pool])
     if not counts["pools"]:
         raise InputError(f"no query of {args.split} has a pool: {dict(counts)}; a larger --similarity-tolerance finds more")
