@@ -371,3 +371,28 @@ def test_read_ids_refuses(tmp_path, content, message):
     (tmp_path / "ids.pkl").write_bytes(content)
     with pytest.raises(S.InputError, match=rf"ids\.pkl.*({message})"):
         echosight.read_ids(str(tmp_path / "ids.pkl"))
+
+
+# ------------------------------------------------------------------------------------- mined pools, from end to end
+
+def test_mining_for_all_rows_gives_their_pools(raw, capsys):
+    """Train rows are about another entity than their picture shows, so prepare.py leaves most of them out; three are
+    about none of the knowledge base. --all finds the others' pools with the features that are there."""
+    short = prepared(raw, "--splits", "train")
+    asked = raw.scorer.images
+    flags = ["--data", raw.data, "--split", "train", "--k", "3", "--similarity-tolerance", "2", "--device", "cpu", "--out",
+             raw.run]
+    mine.main(flags)
+    assert list(S.read_trec(raw.run)) == [query for query, *_ in short] and 0 < len(short) < 9
+    mine.main([*flags, "--all"])
+    assert "9 pools, 3 positive not in the knowledge base" in capsys.readouterr().out and raw.scorer.images == asked
+    got = prepared(raw, "--splits", "train", "--retrieved", raw.run)
+    assert [query for query, *_ in got] == [f"E-VQA_train_{j}" for j in range(ENTITIES) if (j + 5) % 15 < ENTITIES]
+    assert all(sum(labels) == 1 and len(set(pool)) == 3 for _, pool, _, labels in got)
+
+
+def test_mining_by_title():
+    """InfoSeek's official files know an entity by its title, too; one that two entities have is nobody's."""
+    data = types.SimpleNamespace(entities=[{"entity_id": f"u{j}", "title": title} for j, title in enumerate("abccd")])
+    names = [("u9", "u1"), ("u9",), ("u9",), ("u9",), ("u9",)]
+    assert mine.find_positives(data, names, ["d", "d", "c", "x", ""]).tolist() == [1, 4, -1, -1, -1]
