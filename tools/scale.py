@@ -1,29 +1,25 @@
 """How prepare.py fares at full scale: 2 million knowledge-base entries, a million vectors. Makes its own input.
 
-    python -m tools.scale --folder scratch                    # all of it: 8 GB of JSON and 2.6 GB of vectors to disk,
-                                                              # 10 GB of memory, some 20 minutes on 2 cores
+    python -m tools.scale --folder scratch                    # all but embed: 8 GB of JSON and 2.6 GB of vectors
     python -m tools.scale --folder scratch --entries 100000 --vectors 50000      # a twentieth
     python -m tools.scale --folder scratch --parts embed --dtype bfloat16        # 33 GB to disk, 19 GB of memory
 
 Measured, each in a process of its own, so that a peak is nobody else's:
-* stream: prepare.stream_json over the whole file, every entry as a dict, against the general JSON libraries that are
-  installed (pip install msgspec orjson pysimdjson), which read the file whole and only have to find its entries, where
-  they can. They take turns, so that a busy machine is unfair to none; the best turn of each counts, by the clock and by
-  the processor's time;
+* stream: prepare.stream_json over the whole knowledge base, every entry as a dict: MB/s, peak memory;
 * scan: all that prepare.py reads before it embeds, so streaming, image look-up and texts, and its memory beyond that of
   50 entries;
-* search: exact top 20 of a batch of queries over all vectors, against the same product without looking at its result;
-* retrieval: pools of 20 out of `--entities` entities of 3 images, for Q queries, and from that InfoSeek's 71,335;
+* search: prepare.nearest_entities, the 20 nearest entities (of 3 images each) of Q queries, exactly, against the same
+  matrix product without looking at its result; and from that the hours of InfoSeek's 71,335 queries;
 * embed (only when asked for): load a scorer from disk and embed image files and texts as prepare.py does: seconds and
-  peak memory of loading, and the hours of a million images. Without `--scorer` it makes a random EVA-CLIP-8B of the
-  published size and dtype, in shards.
+  peak memory of loading, and the hours of a million images. Without --scorer it makes a random EVA-CLIP-8B of the
+  published size, in shards.
 
 The text is random words; entries have the fields, order and spacing of encyclopedic_kb_wiki.json. Simplified: random
 vectors, and images that exist by name only. Letters: M vectors, D numbers each, Q queries.
 """
+
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import random
@@ -39,13 +35,7 @@ from safetensors.torch import save_file
 from scorer import EvaClip, EvaClipConfig, replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("stream", "scan", "search", "retrieval", "embed")
-LIBRARIES = {  # package: how it finds the entries of a file, without building what is in them if it can; most bytes
-    "msgspec": ("import msgspec; count = len(msgspec.json.decode(data, type=dict[str, msgspec.Raw]))", 20e9),
-    "simdjson": ("import simdjson; count = sum(1 for _ in simdjson.Parser().parse(data).keys())", 4e9),
-    "orjson": ("import orjson; count = len(orjson.loads(data))", 2e9),  # builds everything: several times the file
-}
-# The stages are run by a process and not imported: tools import leaves.
+PARTS = ("stream", "scan", "search", "embed")
 MEASURE = """
 import json, os, resource, sys, time
 path = sys.argv[1]
@@ -55,65 +45,58 @@ def peak():  # bytes
             return 1024 * int(file.read().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 {setup}
-start, cpu = time.perf_counter(), time.process_time()
+start = time.perf_counter()
 {work}
-seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-print(json.dumps(dict(seconds=seconds, cpu_seconds=cpu, peak_mb=peak() / 2**20, count=count)))
+print(json.dumps(dict(seconds=time.perf_counter() - start, peak_mb=peak() / 2**20, count=count)))
 """
-OURS = "count = sum(1 for _ in prepare.stream_json(path))"
-WHOLE = "with open(path, 'rb') as file:\n    data = file.read()\n"
 SEARCH = """
 import numpy as np, torch
 import prepare
+from scorer import normalise
 features = np.load(path, mmap_mode="r")
 m, d = features.shape
-queries = prepare.normalise(np.random.default_rng(1).normal(size=({queries}, d)))
-block = prepare.normalise(features[:1 << 16])
-product, found, turns = [], [], 3
+queries = np.random.default_rng(1).normal(size=({queries}, d)).astype(np.float16)
+device = torch.device({device!r})
+unit, block = (torch.from_numpy(normalise(x)).to(device) for x in (queries, features[:1 << 16]))
+def timed(work):
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+def product():
+    for first in range(0, m, len(block)):
+        unit @ block[:m - first].T  # [Q, n]
+def search(part):
+    prepare.nearest_entities(features, (np.arange(m) // 3).astype(np.int32), part, 20, device)
 """
 SEARCH_WORK = """
-for _ in range(turns):  # in turns, for a busy machine; the best of each counts
-    begin = time.perf_counter()
-    for first in range(0, m, len(block)):
-        queries @ block[:m - first].T  # [Q, n]
-    product.append(time.perf_counter() - begin)
-    begin = time.perf_counter()
-    prepare.nearest_images(features, queries, 20)
-    found.append(time.perf_counter() - begin)
-gflop = 2e-9 * m * d * len(queries)
-count = dict(product_gflops=gflop / min(product), search_gflops=gflop / min(found), ratio=min(product) / min(found))
-"""
-RETRIEVAL = """
-import numpy as np
-import prepare
-features = np.load(path, mmap_mode="r")[:3 * {entities}]
-owner = np.arange(len(features)) // 3
-queries = np.random.default_rng(1).normal(size=({queries}, features.shape[1])).astype(np.float16)
-count = []
-"""
-RETRIEVAL_WORK = """
-for part in (queries[:len(queries) // 2], queries):
-    begin = time.perf_counter()
-    prepare.nearest_entities(features, owner, part, 20)
-    count.append(time.perf_counter() - begin)
+turns = [(timed(product), timed(lambda: search(queries[::2])), timed(lambda: search(queries))) for _ in range(3)]
+alone, half, whole = np.min(turns, 0).tolist()  # in turns, for a busy machine; the best of each counts
+count = dict(product=alone, half=half, whole=whole, gflop=2e-9 * m * d * len(queries))
 """
 EMBED = """
+import tempfile
 import torch
-from scorer import load_scorer, read_image
+import prepare
+from scorer import load_scorer
 texts, before = ["A made-up text of some words, as long as a title and the start of an article. " * 6] * 16, peak()
 """
 EMBED_WORK = """
-scorer = load_scorer(path, "{device}", {dtype!r})
-loaded, size = time.perf_counter() - start, sum(p.nbytes for p in scorer.model.parameters())
-most = peak() - before
-scorer.batch_size, times = {batch}, []
-for work in (lambda: scorer.image_features([read_image(image) for image in {images}]),
-             lambda: scorer.text_features(texts)):
-    work()  # the first is slower
-    begin = time.perf_counter()
-    work()
-    times.append(time.perf_counter() - begin)
-per_image, per_text = times[0] / {batch}, times[1] / len(texts)
+scorer = load_scorer(path, {device!r}, {dtype!r})
+loaded, size, most = time.perf_counter() - start, sum(p.nbytes for p in scorer.model.parameters()), peak() - before
+scorer.batch_size = {batch}
+pictures = (sorted(os.listdir({folder!r})) * {batch})[:{batch}]
+def embed():  # files, into pieces on disk, as prepare.py does
+    with tempfile.TemporaryDirectory() as work:
+        features, begin = prepare.Features(work, "image", scorer), time.perf_counter()
+        prepare.embed_images(prepare.parse_args(["--root", {folder!r}]), scorer, features, pictures, str, "images")
+        return (time.perf_counter() - begin) / {batch}
+per_image = (embed(), embed())[1]  # the first is slower
+scorer.text_features(texts)
+begin = time.perf_counter()
+scorer.text_features(texts)
+per_text = (time.perf_counter() - begin) / len(texts)
 count = dict(load_seconds=loaded, load_peak=most, bytes=size, per_image=per_image, per_text=per_text,
              images={batch}, device=str(scorer.device), dtype=str(scorer.dtype), threads=torch.get_num_threads())
 """
@@ -126,14 +109,11 @@ def parse_args(argv=None):
                         help=f"comma list out of {', '.join(PARTS)} (default all but embed)")
     parser.add_argument("--entries", type=int, default=2_000_000, help="knowledge-base entries (default 2,000,000)")
     parser.add_argument("--entry-bytes", type=int, default=4000, help="bytes an entry, about (default 4000)")
-    parser.add_argument("--vectors", type=int, default=1_000_000, help="M (default 1,000,000)")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="M, 60 or more (default 1,000,000)")
     parser.add_argument("--dim", type=int, default=1280, help="D (default 1280, EVA-CLIP-8B's)")
-    parser.add_argument("--queries", type=int, default=2048, help="Q, queries a batch (default 2048)")
-    parser.add_argument("--entities", type=int, default=100_000,
-                        help="for the retrieval of pools; at most a third of the vectors (default 100,000)")
-    parser.add_argument("--repeat", type=int, default=3, help="turns of stream (default 3)")
+    parser.add_argument("--queries", type=int, default=2048, help="Q, queries of search (default 2048)")
     parser.add_argument("--scorer", help="for embed: a folder or file (default: a random EVA-CLIP-8B, made there)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for embed")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for search and embed")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="for embed (default: prepare.py's)")
     parser.add_argument("--batch", type=int, default=8, help="for embed: images of a forward pass (default 8)")
     parser.add_argument("--out", help="also write the numbers to this .json")
@@ -141,10 +121,9 @@ def parse_args(argv=None):
     args.parts = args.parts.split(",")
     if set(args.parts) - set(PARTS):
         parser.error(f"--parts: expected a comma list out of {', '.join(PARTS)}")
-    for name in ("entries", "entry_bytes", "vectors", "dim", "queries", "entities", "repeat", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    args.entities = min(args.entities, max(1, args.vectors // 3))
+    for name, least in (("entries", 1), ("entry_bytes", 1), ("vectors", 60), ("dim", 1), ("queries", 2), ("batch", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     return args
 
 
@@ -171,8 +150,10 @@ def make_root(folder, entries, entry_bytes, seed=0):
         kb.write("}")
         mapping.write("}")
     names = [f"{n:016x}" for n in range(10)]
-    for name in names:
-        Image.new("RGB", (64, 64), (int(name, 16) * 20, 90, 40)).save(os.path.join(root, "landmarks", f"{name}.jpg"))
+    rng = np.random.default_rng(seed)
+    for name in names:  # of the size that photographs on Wikipedia have
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        coarse.resize((640, 480)).save(os.path.join(root, "landmarks", f"{name}.jpg"), quality=90)
     with replacing(os.path.join(root, "test.csv")) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("question,question_type,dataset_name,dataset_image_ids,wikipedia_url\n")
         file.writelines(f"How old is this?,automatic,landmarks,{name},{page(n)}\n" for n, name in enumerate(names))
@@ -249,108 +230,57 @@ def make_scorer(folder, config=EvaClipConfig()):
                 save_file(shard, temporary)
             files |= dict.fromkeys(shard, file)
             shard, size = {}, 0
-    write_json(os.path.join(folder, "config.json"), {"model_type": "eva_clip", "config": dataclasses.asdict(config)})
+    write_json(os.path.join(folder, "config.json"), {"config": dataclasses.asdict(config)})
     write_json(index, {"weight_map": files})
     return folder
 
 
-def make_images(folder, count, width=640, height=480):
-    """Paths of JPEG files of the size that photographs on Wikipedia have."""
-    paths, rng = [], np.random.default_rng(0)
-    os.makedirs(folder, exist_ok=True)
-    for n in range(count):
-        paths.append(os.path.abspath(os.path.join(folder, f"{n}.jpg")))
-        if not os.path.isfile(paths[-1]):
-            coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
-            coarse.resize((width, height)).save(paths[-1], quality=90)
-    return paths
-
-
 # --------------------------------------------------------------------------------------------------------- measuring
 
-def run(command):
-    """Output of a command run in the project's folder; RuntimeError with what it said when it fails."""
+def measure(path, setup, work):
+    """{"seconds", "peak_mb", "count"} of a piece of Python, in a process of its own in the project's folder."""
+    script = MEASURE.format(setup=setup, work=work)
+    command = [sys.executable, "-c", script, os.path.abspath(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{command[:2]} failed with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return done.stdout
+        raise RuntimeError(f"measuring {path} failed with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(path, setup, work):
-    """{"seconds", "cpu_seconds", "peak_mb", "count"} of a piece of Python in a process of its own."""
-    script = MEASURE.format(setup=setup, work=work)
-    return json.loads(run([sys.executable, "-c", script, os.path.abspath(path)]).splitlines()[-1])
-
-
-def measure_stream(root, repeat):
-    """Least time and most memory of each reader over the whole file in `repeat` turns."""
+def measure_stream(root):
     path = os.path.join(root, "encyclopedic_kb_wiki.json")
-    readers = {"prepare.stream_json": ("import prepare", OURS)}
-    size, result = os.path.getsize(path), {}
-    readers |= {name: ("", WHOLE + code) for name, (code, most) in LIBRARIES.items()
-                if importlib.util.find_spec(name) and size <= most}
-    for _ in range(repeat):
-        for name, (setup, work) in list(readers.items()):
-            try:
-                turn = measure(path, setup, work)
-            except RuntimeError as error:  # such as the want of memory
-                print(f"{name}: {error}")
-                del readers[name]
-                continue
-            result[name] = {key: (min if key != "peak_mb" else max)(value, result.get(name, turn)[key])
-                            for key, value in turn.items()}
-    return {"bytes": size, **result}
+    return {"bytes": os.path.getsize(path),
+            **measure(path, "import prepare", "count = sum(1 for _ in prepare.stream_json(path))")}
 
 
 def measure_scan(root, small):
-    """All that prepare.py reads of a root and of a small one: seconds, and peak memory beyond the small one's."""
+    """All that prepare.py reads before it embeds, of a root and of a small one: seconds, and peak memory."""
     def read(folder):
-        setup = "import prepare"
         flags = ["--root", os.path.abspath(folder), "--splits", "test"]
-        work = (f"args = prepare.parse_args({flags!r})\nsplits = [prepare.read_questions(args, 'test')]\n"
-                "prepare.find_images(args, splits)\n"
-                f"prepare.read_kb(args, splits, {{}}, {os.path.join(folder, 'draft.jsonl')!r})\ncount = 0")
-        return measure(folder, setup, work)
+        draft = os.path.join(os.path.abspath(folder), "draft.jsonl")
+        return measure(folder, "import prepare",
+                       f"args = prepare.parse_args({flags!r})\nsplits = [prepare.read_questions(args, 'test')]\n"
+                       "prepare.find_images(args, splits)\n"
+                       f"prepare.read_kb(args, splits, {{}}, {draft!r})\ncount = 0")
     big, base = read(root), read(small)
     return {"seconds": big["seconds"], "peak_mb": big["peak_mb"], "beyond_mb": big["peak_mb"] - base["peak_mb"]}
-
-
-def measure_search(path, queries):
-    return measure(path, SEARCH.format(queries=queries), SEARCH_WORK)["count"]
-
-
-def measure_retrieval(path, entities, queries):
-    """Seconds for `queries` pools, and from what the second half of them adds the hours for InfoSeek's 71,335."""
-    half, whole = measure(path, RETRIEVAL.format(entities=entities, queries=queries), RETRIEVAL_WORK)["count"]
-    rate = (whole - half) / (queries - queries // 2)
-    return {"entities": entities, "queries": queries, "seconds": whole, "hours_for_71335": rate * 71335 / 3600}
-
-
-def measure_embed(scorer, images, args):
-    """Seconds and bytes of loading a scorer, seconds an image file and a text."""
-    return measure(scorer, EMBED.format(batch=len(images)),
-                   EMBED_WORK.format(batch=len(images), images=images, device=args.device, dtype=args.dtype))["count"]
 
 
 def report(result):
     """The numbers as text."""
     lines = []
     if stream := result.get("stream"):
-        lines.append(f"stream: {stream['bytes'] / 1e9:.2f} GB")
-        ours, size = stream["prepare.stream_json"], stream["bytes"] / 1e6
-        lines += [f"  {name:20}{size / turn['seconds']:6.0f} MB/s, {size / turn['cpu_seconds']:.0f} a CPU second, peak "
-                  f"{turn['peak_mb']:.0f} MB; ours has {turn['seconds'] / ours['seconds']:.2f} and "
-                  f"{turn['cpu_seconds'] / ours['cpu_seconds']:.2f} of its speed"
-                  for name, turn in stream.items() if name != "bytes"]
+        lines.append(f"stream: {stream['bytes'] / 1e9:.2f} GB, {stream['count']} entries at "
+                     f"{stream['bytes'] / 1e6 / stream['seconds']:.0f} MB/s, peak {stream['peak_mb']:.0f} MB")
     if scan := result.get("scan"):
         lines.append(f"scan: {scan['seconds']:.0f} s, peak {scan['peak_mb']:.0f} MB, {scan['beyond_mb']:.0f} MB beyond "
                      "a run on 50 entries")
     if search := result.get("search"):
-        lines.append(f"search: {search['search_gflops']:.0f} GFLOP/s, the product alone "
-                     f"{search['product_gflops']:.0f}: {search['ratio']:.0%}")
-    if retrieval := result.get("retrieval"):
-        lines.append(f"retrieval: {retrieval['queries']} pools out of {retrieval['entities']} entities in "
-                     f"{retrieval['seconds']:.1f} s; 71,335 pools in {retrieval['hours_for_71335']:.2f} hours")
+        rate = 2 * (search["whole"] - search["half"])  # seconds for Q queries, without what any number of them costs
+        lines.append(f"search: {search['queries']} pools out of {search['vectors']} images in {search['whole']:.1f} s, "
+                     f"{search['gflop'] / search['whole']:.0f} GFLOP/s; the product alone "
+                     f"{search['gflop'] / search['product']:.0f}; 71,335 pools in "
+                     f"{rate / search['queries'] * 71335 / 3600:.2f} hours")
     if embed := result.get("embed"):
         lines += [f"embed: image tower of {embed['bytes'] / 1e9:.2f} GB ({embed['dtype']}) loaded in "
                   f"{embed['load_seconds']:.0f} s with a peak of {embed['load_peak'] / embed['bytes']:.2f} x that",
@@ -362,21 +292,19 @@ def report(result):
 
 def main(argv=None):
     args, result = parse_args(argv), {}
-    if {"stream", "scan"} & set(args.parts):
-        root = make_root(args.folder, args.entries, args.entry_bytes)
-        if "stream" in args.parts:
-            result["stream"] = measure_stream(root, args.repeat)
-        if "scan" in args.parts:
-            result["scan"] = measure_scan(root, make_root(args.folder, 50, args.entry_bytes))
-    if {"search", "retrieval"} & set(args.parts):
-        path = make_vectors(args.folder, args.vectors, args.dim)
-        if "search" in args.parts:
-            result["search"] = measure_search(path, args.queries)
-        if "retrieval" in args.parts:
-            result["retrieval"] = measure_retrieval(path, args.entities, args.queries)
+    root = make_root(args.folder, args.entries, args.entry_bytes) if {"stream", "scan"} & set(args.parts) else None
+    if "stream" in args.parts:
+        result["stream"] = measure_stream(root)
+    if "scan" in args.parts:
+        result["scan"] = measure_scan(root, make_root(args.folder, 50, args.entry_bytes))
+    if "search" in args.parts:
+        setup = SEARCH.format(queries=args.queries, device=args.device)
+        found = measure(make_vectors(args.folder, args.vectors, args.dim), setup, SEARCH_WORK)["count"]
+        result["search"] = {"vectors": args.vectors, "queries": args.queries, **found}
     if "embed" in args.parts:
-        images = make_images(os.path.join(args.folder, "images"), args.batch)
-        result["embed"] = measure_embed(args.scorer or make_scorer(args.folder), images, args)
+        pictures = os.path.abspath(os.path.join(make_root(args.folder, 50, args.entry_bytes), "landmarks"))
+        work = EMBED_WORK.format(batch=args.batch, folder=pictures, device=args.device, dtype=args.dtype)
+        result["embed"] = measure(args.scorer or make_scorer(args.folder), EMBED, work)["count"]
     print(report(result))
     if args.out:
         write_json(args.out, {"args": vars(args), **result})
