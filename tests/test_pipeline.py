@@ -131,7 +131,7 @@ def test_make_data_train_eval(whole):
         assert (folder / "data/world" / name).stat().st_size > 0
     for name in ("config.json", "log.jsonl", "samples.jsonl", "state.pt", "adapter/adapter_config.json",
                  "adapter/adapter_model.safetensors", "eval/test.policy.jsonl", "eval/test.policy.trec",
-                 "eval/test.qrels", "eval/test.policy@mini-scorer2.jsonl", "eval/test.policy+fuse.jsonl",
+                 "eval/test.qrels", "eval/test.policy@scorer2.jsonl", "eval/test.policy+fuse.jsonl",
                  "eval/test.policy.quality.jsonl", "eval/retrieval/test.policy.jsonl"):
         assert (folder / "runs/world" / name).stat().st_size > 0
     assert not list(folder.rglob("*.tmp"))
@@ -237,7 +237,7 @@ def test_run_of_other_data_is_refused(whole, fresh):
     process = run(fresh, sys.executable, "evaluate.py", "--data", "data/world", "--run", "runs/world")
     assert process.returncode == 1 and "run runs/world was trained on data/world" in process.stderr
     process = stage(fresh, "train", "--resume")
-    assert process.returncode not in (0, -9) and "runs/world was trained on other pools" in process.stderr
+    assert process.returncode not in (0, -9) and "runs/world: --resume with other values of pools" in process.stderr
 
 
 def test_unknown_policy_is_refused(whole, fresh):

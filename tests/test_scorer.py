@@ -644,7 +644,7 @@ def test_load_data_of_damaged_files(tmp_path):
         with pytest.raises(S.InputError, match="val_pool.npy|" + name):  # a shorter .jsonl shows in its arrays
             S.load_data(folder + name, "val")
     with open(os.path.join(folder, "val_full.npy"), "wb") as file:
-        np.save(file, np.array([[None, {}]], dtype=object), allow_pickle=True)
+        np.save(file, np.array([[None, {}]], dtype=object))
     with pytest.raises(S.InputError, match="val_full.npy: not a whole .npy file .*Python objects"):
         S.load_data(folder, "val")
     os.remove(os.path.join(folder, "manifest.json"))

@@ -188,7 +188,7 @@ def run(args):
     return lines
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--proxy", metavar="groundingdino=NAME",
@@ -203,6 +203,11 @@ def main(argv=None):
         parser.error(f"--proxy {args.proxy}: groundingdino=NAME is the one kind there is")
     if args.judge and not re.match(r"https?://", args.judge) or args.judge_limit < 0:
         parser.error("--judge is an address that begins with http:// or https://, --judge-limit 0 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         lines = run(args)
     except (InputError, FileNotFoundError) as error:

@@ -194,12 +194,16 @@ def open_server(port):
     return server
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1, this machine only; 0 = any free one")
     add_model_flags(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         with open_server(args.port) as server:  # before the models, which take a minute: the port may be taken
             server.demo = Demo(Models(args))

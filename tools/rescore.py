@@ -177,7 +177,7 @@ def run(args):
     return lines
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--scorer", action="append", default=[], metavar="NAME",
@@ -188,6 +188,11 @@ def main(argv=None):
         parser.error("nothing to do: give --scorer NAME, or --fuse W with W from 0 to 1")
     if len({slug(name) for name in args.scorer}) < len(args.scorer):
         parser.error("two --scorer would be written under one name: rename a folder, or call the tool once for each")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         lines = run(args)
     except (InputError, FileNotFoundError) as error:
