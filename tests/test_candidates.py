@@ -22,7 +22,7 @@ import prepare as P
 import scorer as S
 from tools import atomic, echosight, mine, runs
 
-# ------------------------------------------------------------------------------------------- EchoSight's and OMGM's files
+# ------------------------------------------------------------------------------------ EchoSight's and OMGM's files
 
 RANKED = {"E-VQA_0": ["https://w/a b", "https://w/c"], "infoseek_val_1": ["https://w/\u00e9"]}
 
@@ -56,7 +56,7 @@ def test_result_files_become_runs(tmp_path, capsys, form, flags, want):
     (b"{}", "object of query"), (b'{"q0": {"top_20": []}}', "'q0' has none of reranked_entries"),
     (b'{"q0": [1]}', "'q0' has none of"), (b'{"q0": {"retrieved_entities": [{"title": "x"}]}}', "'q0': its entities"),
     (b'{"q0": {"retrieved_entities": 3}}', "'q0': its entities"), (b'{"q0": {"reranked_entries": []}}', "'q0': its"),
-    (b'{"q0": {"retrieved_entries": [["u"]]}}', "'q0': its"), (b'{"q0": {"retrieved_entries": []}}', "none of its 1 quer"),
+    (b'{"q0": {"retrieved_entries": [["u"]]}}', "'q0': its"), (b'{"q0": {"retrieved_entries": []}}', "none of its 1"),
     (None, "No such file")])
 def test_result_files_that_are_none(tmp_path, content, complaint):
     if content is not None:
@@ -84,7 +84,7 @@ def knowledge_base(folder, kb, owner, queries, positives):
 
 @pytest.fixture
 def world(tmp_path):
-    """90 entities of 1 to 8 images in 5 dimensions; one image belongs to ten entities; positives, one of them unknown."""
+    """90 entities of 1 to 8 images in 5 dimensions; ten entities share an image; one positive is unknown."""
     rng = np.random.default_rng(2)
     owner = np.sort(np.r_[np.arange(90), rng.integers(0, 90, 310)]).astype(np.int32)
     kb = rng.normal(size=(400, 5)).astype(np.float16)
@@ -97,7 +97,8 @@ def world(tmp_path):
 
 def mine_by_hand(world, i, tolerance, k=5):
     """Pool of query i, best first, by a loop over all entities; None where it has none."""
-    best = np.array([(S.normalise(world.kb[world.owner == j]) @ S.normalise(world.queries[i])).max() for j in range(90)])
+    query = S.normalise(world.queries[i])
+    best = np.array([(S.normalise(world.kb[world.owner == j]) @ query).max() for j in range(90)])
     positive = world.positives[i]
     if positive >= 90:
         return None
@@ -168,12 +169,13 @@ def parquet(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
     urls = [f"https://up.org/caf\u00e9_{n}.jpg" for n in range(12)]
-    S.write_json(tmp_path / "encyclopedic_kb_wiki.json", {f"e{j}": {"image_urls": urls[4 * j:4 * j + 4]} for j in range(3)})
+    kb = {f"e{j}": {"image_urls": urls[4 * j:4 * j + 4]} for j in range(3)}
+    S.write_json(tmp_path / "encyclopedic_kb_wiki.json", kb)
     (tmp_path / "atomic").mkdir()
     for part in range(2):
-        rows = [{"url": url, "image": f"picture {url}" if n != 4 else None} for n, url in enumerate(urls) if n % 2 == part]
-        content = [*rows, {"url": "https://other", "image": "no"}, {"url": None, "image": "no"}]
-        (tmp_path / f"atomic/part-{part}.parquet").write_text(json.dumps(content))
+        rows = [{"url": url, "image": f"picture {url}"} for n, url in enumerate(urls) if n % 2 == part and n != 4]
+        others = [{"url": url, "image": image} for url, image in ((urls[4], None), ("https://x", "no"), (None, "no"))]
+        (tmp_path / f"atomic/part-{part}.parquet").write_text(json.dumps([*rows, *others]))
     return types.SimpleNamespace(root=tmp_path, urls=urls, flags=["--root", str(tmp_path), "--atomic",
                                                                   str(tmp_path / "atomic")])
 
@@ -185,7 +187,7 @@ def test_atomic_is_unpacked_once(parquet, capsys):
     for url, path in mapping.items():
         assert (parquet.root / path).read_text() == f"picture {url}" and path.startswith("atomic_images/")
     assert sum(name.endswith(".jpg") for _, _, names in os.walk(parquet.root / "atomic_images") for name in names) == 11
-    with pytest.raises(SystemExit, match=r"mapping\.json is there already: remove it, or write another file with --out"):
+    with pytest.raises(SystemExit, match=r"mapping\.json is there already: remove it, or write .* with --out"):
         atomic.main(parquet.flags)
     os.remove(parquet.root / "atomic_images/part-1.parquet.json")  # as after a kill: one part is left
     atomic.main([*parquet.flags, "--out", "other.json"])
@@ -195,7 +197,7 @@ def test_atomic_is_unpacked_once(parquet, capsys):
 @pytest.mark.parametrize("change, complaint", [
     (lambda at: sys.modules.update(pyarrow=None), "pip install pyarrow"),
     (lambda at: os.remove(at / "encyclopedic_kb_wiki.json"), "encyclopedic_kb_wiki.json is missing; name .* --kb"),
-    (lambda at: (at / "encyclopedic_kb_wiki.json").write_text('{"u": {"title": "x"}}'), "entry 'u' has no list image_urls"),
+    (lambda at: (at / "encyclopedic_kb_wiki.json").write_text('{"u": {"title": "x"}}'), "entry 'u' has no list image"),
     (lambda at: (at / "atomic/part-1.parquet").write_text("[cut"), "part-1.parquet: no whole parquet file"),
     (lambda at: [os.remove(at / f"atomic/part-{n}.parquet") for n in range(2)], "atomic holds no .parquet")])
 def test_atomic_refuses(parquet, change, complaint):
@@ -257,9 +259,10 @@ def raw(tmp_path, monkeypatch):
     S.write_json(root / "encyclopedic_kb_wiki.json", kb)
     S.write_json(root / "url_to_path_mapping.json", files)
     for split in ("train", "test"):
-        (root / f"{split}.csv").write_text("question,question_type,dataset_name,dataset_image_ids,wikipedia_url\n" + "".join(
-            f"How old is it?,automatic,landmarks,{j},{WIKI}E {(j + 5 * (split == 'train')) % 15}\n"
-            for j in range(ENTITIES)))
+        rows = [f"How old is it?,automatic,landmarks,{j},{WIKI}E {(j + 5 * (split == 'train')) % 15}\n"
+                for j in range(ENTITIES)]
+        header = "question,question_type,dataset_name,dataset_image_ids,wikipedia_url\n"
+        (root / f"{split}.csv").write_text(header + "".join(rows))
     return types.SimpleNamespace(root=root, scorer=scorer, index=str(tmp_path / "echo"), data=str(tmp_path / "data"),
                                  run=str(tmp_path / "out.trec"))
 
@@ -287,8 +290,8 @@ def write_index(raw, shift=0, skip=()):
 
 
 def search(raw, *more):
-    echosight.main(["--dataset", "evqa", "--root", str(raw.root), "--index", raw.index, "--out", raw.run, "--data", raw.data,
-                    "--k", "3", *more])
+    echosight.main(["--dataset", "evqa", "--root", str(raw.root), "--index", raw.index, "--out", raw.run,
+                    "--data", raw.data, "--k", "3", *more])
 
 
 def prepared(raw, *more):
@@ -297,7 +300,8 @@ def prepared(raw, *more):
     split = more[more.index("--splits") + 1]
     data = S.load_data(raw.data, split)
     return [(data.queries[i].query_id, [data.entity(j)["entity_id"] for j in data.pool[i]],
-             [data.candidate_image_path(m) for m in data.pool_image[i]], data.labels[i].tolist()) for i in range(len(data))]
+             [data.candidate_image_path(m) for m in data.pool_image[i]], data.labels[i].tolist())
+            for i in range(len(data))]
 
 
 def test_echosight_pools_are_those_of_an_exact_search(raw, capsys):
@@ -380,8 +384,8 @@ def test_mining_for_all_rows_gives_their_pools(raw, capsys):
     about none of the knowledge base. --all finds the others' pools with the features that are there."""
     short = prepared(raw, "--splits", "train")
     asked = raw.scorer.images
-    flags = ["--data", raw.data, "--split", "train", "--k", "3", "--similarity-tolerance", "2", "--device", "cpu", "--out",
-             raw.run]
+    flags = ["--data", raw.data, "--split", "train", "--k", "3", "--similarity-tolerance", "2", "--device", "cpu",
+             "--out", raw.run]
     mine.main(flags)
     assert list(S.read_trec(raw.run)) == [query for query, *_ in short] and 0 < len(short) < 9
     mine.main([*flags, "--all"])

@@ -41,8 +41,8 @@ def test_made_vectors(tmp_path):
 
 
 def test_reading_and_search_are_measured(tmp_path, capsys):
-    scale.main(["--folder", str(tmp_path), "--parts", "stream,scan,search", "--entries", "200", "--vectors", "900", "--dim",
-                "8", "--queries", "40", "--device", "cpu", "--out", str(tmp_path / "out.json")])
+    scale.main(["--folder", str(tmp_path), "--parts", "stream,scan,search", "--entries", "200", "--vectors", "900",
+                "--dim", "8", "--queries", "40", "--device", "cpu", "--out", str(tmp_path / "out.json")])
     result, text = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     assert result["stream"]["count"] == 200 and result["stream"]["bytes"] > 100_000 and result["stream"]["seconds"] > 0
     scan, search = result["scan"], result["search"]

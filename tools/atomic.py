@@ -7,8 +7,8 @@
 AToMiC-Images-v0.2 (TREC-AToMiC on Hugging Face, CC BY-SA) holds most of the pictures that the knowledge bases of E-VQA
 and InfoSeek name, as bytes in some hundred parquet files, by url. This unpacks those that your knowledge base lists, to
 ROOT/atomic_images/<2 digits>/<hash of the url>.jpg. A part that is finished leaves ROOT/atomic_images/<part>.json, its
-urls and paths, and is not read again: after a kill, run it again (with another knowledge base, remove those first). Urls
-that AToMiC lacks (1.25 million of E-VQA's) stay out of the mapping, and prepare.py counts them.
+urls and paths, and is not read again: after a kill, run it again (with another knowledge base, remove those first).
+Urls that AToMiC lacks (1.25 million of E-VQA's) stay out of the mapping, and prepare.py counts them.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def parse_args(argv=None):
     parser.add_argument("--kb", default="encyclopedic_kb_wiki.json",
                         help="knowledge base, relative to the root (default encyclopedic_kb_wiki.json)")
     parser.add_argument("--out", default="url_to_path_mapping.json",
-                        help="mapping to write, relative to the root (default url_to_path_mapping.json, where prepare.py "
-                             "looks; another needs its --kb-images)")
+                        help="mapping to write, relative to the root (default url_to_path_mapping.json, where "
+                             "prepare.py looks; another needs its --kb-images)")
     return parser.parse_args(argv)
 
 

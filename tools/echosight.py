@@ -5,8 +5,8 @@
     python prepare.py --dataset evqa --root ROOT --scorer BAAI/EVA-CLIP-8B --splits test --retrieved test.trec \\
         --out data/evqa
 
-FOLDER holds kb_index.faiss, five million image features of a knowledge base, and kb_index_ids.pkl, for each the place of
-its entity in that file. So a knowledge base need not be embedded to be searched: prepare.py then embeds only what the
+FOLDER holds kb_index.faiss, five million image features of a knowledge base, and kb_index_ids.pkl, for each the place
+of its entity in that file. So a knowledge base need not be embedded to be searched: prepare.py embeds only what the
 pools hold. The pickle is read without unpickling it. All other flags are those of prepare.py (of --k entities some may
 turn out to have no readable image, so a few more are written); query features go to DATA.work, where prepare.py --out
 DATA finds them again.
@@ -53,8 +53,8 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------- their files
 
 def read_ids(path):
-    """A pickled flat list of whole numbers -> list. Nothing is unpickled: its opcodes are read, and one that could build
-    or call anything else is refused. InputError naming it."""
+    """A pickled flat list of whole numbers -> list. Nothing is unpickled: its opcodes are read, and one that could
+    build or call anything else is refused. InputError naming it."""
     numbers = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG"}
     around = {"PROTO", "FRAME", "MARK", "APPEND", "APPENDS", "STOP", "BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"}
     values, lists = [], 0
@@ -107,8 +107,8 @@ def read_entities(flags, ids, confirm):
                 urls[len(keys)] = entry["image_urls"]
             keys.append(prepare.whole(key))
     if ids and not 0 <= min(ids) <= max(ids) < len(keys):
-        raise InputError(f"ids of the index must be places in {path}, 0 to {len(keys) - 1}; {min(ids)} to {max(ids)} are "
-                         "those of another knowledge base (--kb)")
+        raise InputError(f"ids of the index must be places in {path}, 0 to {len(keys) - 1}; {min(ids)} to {max(ids)} "
+                         "are those of another knowledge base (--kb)")
     return keys, urls
 
 

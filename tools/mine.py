@@ -44,7 +44,7 @@ def parse_args(argv=None):
 
 
 def read_queries(data, args):
-    """The queries to mine for -> (ids [Q], features [Q, D], positives [Q], each a tuple of entity ids, and titles [Q])."""
+    """The queries to mine for -> (ids [Q], features [Q, D], positives [Q], tuples of entity ids, and titles [Q])."""
     if not args.all:
         queries = list(data.queries)
         return [q.query_id for q in queries], data.full, [tuple(q.positives) for q in queries], [""] * len(queries)
@@ -58,8 +58,8 @@ def read_queries(data, args):
 
 
 def find_positives(data, positives, titles):
-    """Line in kb.jsonl of each query's positive, int64 [Q]: the first of its ids that is there, else the one entity with
-    its title (InfoSeek's official files have titles); -1 where the knowledge base has none of them."""
+    """Line in kb.jsonl of each query's positive, int64 [Q]: the first of its ids that is there, else the one entity
+    with its title (InfoSeek's official files have titles); -1 where the knowledge base has none of them."""
     wanted, wanted_titles = {name for names in positives for name in names}, set(titles) - {""}
     line_of, line_of_title = {}, {}
     for j, entity in enumerate(data.entities):
@@ -84,8 +84,8 @@ def best_cosine(data, starts, query, entity):
 def mine(data, full, positives, k, device="cpu", block=1 << 15, at_once=1 << 10):
     """The k - 1 entities nearest to the positive, for queries full [Q, D] with positives [Q] (lines of kb.jsonl).
 
-    -> (entities [Q, k - 1], -1 where the knowledge base has too few; gaps [Q, k - 1] of the cosines, ascending). Of equal
-    gaps the first entities: with an image that many entities share, their names would else be left to chance.
+    -> (entities [Q, k - 1], -1 where the knowledge base has too few; gaps [Q, k - 1] of the cosines, ascending). Of
+    equal gaps the first entities: with an image that many entities share, their names would else be left to chance.
     """
     queries, starts = normalise(full), first_images(data)  # [Q, D], [E + 1]
     target = np.array([best_cosine(data, starts, *pair) for pair in zip(queries, positives)], np.float32)  # [Q]
@@ -108,8 +108,8 @@ def mine(data, full, positives, k, device="cpu", block=1 << 15, at_once=1 << 10)
 
 
 def entity_gaps(cosines, owner, target, gold):
-    """Cosines [q, n] with images of the entities owner [n] -> (entities [e], gaps [q, e] between an entity's best cosine
-    and the positive's, target [q, 1]); the positive itself, gold [q, 1], is infinitely far."""
+    """Cosines [q, n] with images of the entities owner [n] -> (entities [e], gaps [q, e] between an entity's best
+    cosine and the positive's, target [q, 1]); the positive itself, gold [q, 1], is infinitely far."""
     entities, column = owner.unique_consecutive(return_inverse=True)  # [e], [n]
     best = cosines.new_full((len(cosines), len(entities)), -2)
     best.scatter_reduce_(1, column.expand(len(cosines), -1), cosines, "amax")  # [q, e]
@@ -142,7 +142,7 @@ def pools(data, args, counts):
         yield (ids[i], [data.entity(j)["entity_id"] for j in pool],
                [best_cosine(data, starts, query, j) for j in pool])
     if not counts["pools"]:
-        raise InputError(f"no query of {args.split} has a pool: {dict(counts)}; a larger --similarity-tolerance finds more")
+        raise InputError(f"no query of {args.split} has a pool: {dict(counts)}; try a larger --similarity-tolerance")
 
 
 def main(argv=None):

@@ -27,7 +27,7 @@ def parse_args(argv=None):
     parser.add_argument("--split", choices=("train", "val", "test"),
                         help="the file's E-VQA_<i> is our E-VQA_<split>_<i> (default: ids stay as they are)")
     parser.add_argument("--stage", choices=("reranked", "retrieved"), default="reranked",
-                        help="of EchoSight's two lists: its re-ranking where there is one (default), or what it retrieved")
+                        help="of EchoSight's two lists: its re-ranking if there is one (default), or what it retrieved")
     return parser.parse_args(argv)
 
 
@@ -46,7 +46,8 @@ def read_result(path):
 
 def entities_of(entry, where, stage="reranked"):
     """Entity urls of one query's result, best first and distinct: EchoSight's sections may repeat an entity."""
-    if not isinstance(entry, dict) or not {"retrieved_entities", "reranked_entries", "retrieved_entries"} & entry.keys():
+    known = {"retrieved_entities", "reranked_entries", "retrieved_entries"}
+    if not isinstance(entry, dict) or not known & entry.keys():
         raise InputError(f"{where} has none of reranked_entries, retrieved_entries (EchoSight) and retrieved_entities "
                          "(OMGM): this is another file of theirs")
     if "retrieved_entities" in entry:
