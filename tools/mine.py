@@ -1,12 +1,12 @@
 """Hard negatives as the authors' release mines them -> a TREC run of candidates for `prepare.py --retrieved`.
 
-    python -m tools.mine --data data/world --split train --k 5 --similarity-tolerance .05 --out train.trec
+    python -m tools.mine --data data/world --split train --all --k 5 --similarity-tolerance .05 --out train.trec
     python prepare.py --splits train --k 5 --retrieved train.trec --out data/mined
 
 The release's pool is the positive and the k - 1 other entities whose best image is the nearest to the positive's in
 cosine with the full query image, on either side; a query with fewer than k - 1 of them within the tolerance has no
-pool. Exact: every image of the knowledge base is compared, in one pass. Reads a data folder of prepare.py, embeds
-nothing. Queries are counted and left out where the positive is not in the knowledge base, and where it has too few
+pool. Exact: every image of the knowledge base is compared, in one pass over a data folder of prepare.py. Queries are
+counted and left out where the positive is not in the knowledge base, and where it has too few
 neighbours.
 
 prepare.py leaves out train queries whose pool lacks the positive, so a folder knows the others' features only. --all
