@@ -6,8 +6,7 @@
 The release's pool is the positive and the k - 1 other entities whose best image is the nearest to the positive's in
 cosine with the full query image, on either side; a query with fewer than k - 1 of them within the tolerance has no
 pool. Exact: every image of the knowledge base is compared, in one pass over a data folder of prepare.py. Queries are
-counted and left out where the positive is not in the knowledge base, and where it has too few
-neighbours.
+counted and left out where the positive is not in the knowledge base, and where it has too few neighbours.
 
 prepare.py leaves out train queries whose pool lacks the positive, so a folder knows the others' features only. --all
 mines for them, too: it reads the questions again, as prepare.py did, with the features that it left in DATA.work.
