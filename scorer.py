@@ -22,6 +22,7 @@ import math
 import os
 import re
 import struct
+import tokenize
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def read_image(file, name=None):
                 raise TooLarge(f"image {name} has more than {MAX_PIXELS:,} pixels: make it smaller")
             image.load()  # open() reads the header only: a cut file shows itself here
             ImageOps.exif_transpose(image, in_place=True)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"image {name} is missing") from error
     # What Pillow's readers raise on damaged bytes.
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, ArithmeticError, struct.error,
@@ -782,7 +783,8 @@ class Data:
             path = os.path.join(folder, f"{split}_{name}.npy" if name in ARRAYS else f"{name}.npy")
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
+            # numpy reads the header as Python source.
+            except (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError, OverflowError) as error:
                 raise InputError(f"{path}: not a whole .npy file ({error}); {remedy}") from error
             if array.dtype != kind or array.shape[1:] != shape[1:] or shape[0] not in (-1, len(array)):
                 raise InputError(f"{path}: {array.dtype} {array.shape} where {np.dtype(kind)} {shape} fits; {remedy}")
@@ -827,7 +829,7 @@ class Data:
 
     def candidate_image_path(self, m):
         """Path of the image behind row m of kb_image.npy."""
-        j = int(self.kb_entity[m])
+        j = self.kb_entity[m]  # int32, as the array: another type would have it copied
         first = int(np.searchsorted(self.kb_entity, j))  # an entity's rows are consecutive, in the order of its images
         return self.path(self.entities[j]["images"][m - first], f"{self.entities.path}:{j + 1}")
 

@@ -114,7 +114,7 @@ def views_of(entity_index, entities, seed, size):
 
 
 def shrink_to(image, size):
-    """What scorer.preprocess does to the geometry: shortest side to `size`, centre crop; here kept as uint8."""
+    """What scorer.Preprocess does to the geometry: shortest side to `size`, centre crop; here kept as uint8."""
     scale = size / min(image.size)
     w, h = max(size, int(image.width * scale)), max(size, int(image.height * scale))
     left, top = round((w - size) / 2), round((h - size) / 2)
@@ -171,6 +171,31 @@ def draw_views(entities, args):
     return bank
 
 
+def init_weights(model, seed=0):
+    """An EvaClip's weights to train from, the same for the same seed whatever the global generator did. Returns it.
+
+    Linear maps keep the size of their input (std = fan_in^-.5), and those that write into the residual stream are
+    divided by sqrt(2 * layers), so depth does not blow it up. A fixed .02 starves widths near 100.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:  # norm weights and logit_scale stay as built; nn.Linear draws its biases
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
+            continue
+        if name.endswith(("cls_token", "pos_embed", "token_embedding.weight", "positional_embedding")):
+            std = 0.02
+        elif name == "text.text_projection":
+            std = parameter.shape[0] ** -0.5  # (in, out)
+        else:
+            std = parameter[0].numel() ** -0.5
+        if name.endswith(("attn.proj.weight", "fc2.weight")):
+            std /= (2 * (model.config.layers if name.startswith("visual") else model.config.text_layers)) ** 0.5
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
 def scorer_optimizer(model):
     """AdamW with weight decay on matrices only: norms, biases and the logit scale have no reason to be small."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -195,7 +220,7 @@ def train_scorer(args, device, name="scorer"):
     # Four random names an entity: with one, the name itself could be learnt by heart.
     ids = torch.stack([tokenize([article(e, rng) for _ in range(4)]) for e in entities])            # (E, 4, T)
     families = np.array_split(np.arange(len(entities)), len(entities) // world.SIBLINGS)
-    model = EvaClip(SCORER).init_weights(args.seed).to(device).train()
+    model = init_weights(EvaClip(SCORER), args.seed).to(device).train()
     optimizer = scorer_optimizer(model)
     for step in range(args.scorer_steps):
         for group in optimizer.param_groups:

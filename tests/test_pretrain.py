@@ -16,7 +16,7 @@ from PIL import Image
 from mini import pretrain as P
 from mini import world
 from policy import load_policy, parse
-from scorer import crop, fuse, load_scorer, preprocess, scores
+from scorer import Preprocess, crop, fuse, load_scorer, scores
 
 MINI = Path(__file__).resolve().parent.parent / "mini"
 CELL = 14                         # pixels of a patch; 12 x 12 patches, merged 2 x 2 to 36 visual tokens
@@ -298,7 +298,7 @@ def test_training_pictures_have_the_scorers_geometry():
     for w, h in ((224, 224), (97, 61), (60, 133), (112, 112)):
         image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
         ours = P.to_pixels(P.shrink_to(image, 112)[None].copy(), "cpu")[0]
-        assert torch.allclose(ours, preprocess(image, 112), atol=1e-5), (w, h)
+        assert torch.allclose(ours, Preprocess(112)(image), atol=1e-5), (w, h)
 
 
 def test_views_of_both_kinds():

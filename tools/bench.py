@@ -60,7 +60,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 import rgrpo
 from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Draft, Policy, Tree, suit_cuda
 from rewards import reward
-from scorer import EvaClip, EvaClipConfig, Scorer, crop, preprocess, scores, write_json
+from scorer import EvaClip, EvaClipConfig, Preprocess, Scorer, crop, scores, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 20  # candidates of a pool (Sec. 4.1)
@@ -300,7 +300,7 @@ def encode(model, images):
     """Image features, float32 [B, D], by scorer.py's own way around a random model: its threads and its batches."""
     scorer = Scorer("random", model.logit_scale.device, model.logit_scale.dtype)
     scorer.model, scorer.dim = model, model.config.embed_dim
-    scorer.preprocess = functools.partial(preprocess, size=model.config.image_hw)
+    scorer.preprocess = Preprocess(model.config.image_size)
     return scorer.image_features(images)                                                                # [B, D]
 
 
