@@ -3,15 +3,12 @@
 import json
 import mmap
 import os
-import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -96,13 +93,15 @@ def test_rewards_and_advantages_are_those_of_train(args):
     scorer, images, groups, counts, full, candidates = bench.reward_inputs(args)
     totals, passes = bench.rewards_of(scorer, images, groups, full, candidates)
     labels = np.eye(1, bench.K, bench.K // 2, dtype=int)[0]
-    data = SimpleNamespace(full=full, candidates=lambda i: candidates[i], queries=[SimpleNamespace(labels=labels)] * 2)
+    data = SimpleNamespace(full=full, candidates=lambda i: candidates[i], labels=[labels] * 2)
     settings = SimpleNamespace(reward_weights=(0.2, 0.2, 0.2, 0.4), eta=1.0, reward="delta", advantage="factored",
                                decision_weight="uniform", std=True)
     encoder = SimpleNamespace(image_features=lambda views: bench.encode(scorer, views))
-    wanted = train.reward_groups(data, encoder, [0, 1], images, groups, settings)
+    actions = [[answer.action for answer in group] for group in groups]
+    views = train.score_views(data, encoder, [0, 1], images, actions)
+    wanted = train.reward_groups(data, [0, 1], actions, views, settings)
     np.testing.assert_allclose(totals, [w["total"] for w in wanted], atol=1e-6)
-    tables = train.judge(groups, counts, wanted, settings)
+    tables = train.judge(actions, counts, wanted, settings)
     for b, rows in enumerate(bench.judge(groups, counts, totals)):
         assert all(torch.allclose(row, table[b], atol=1e-4) for row, table in zip(rows, tables))
     assert passes == 4  # two queries, two boxes each: FULL costs nothing
@@ -195,46 +194,6 @@ def test_ours_counts_less_work_than_the_repeated_way(world, args):
     theirs = bench.update_work(world.policy, theirs, args, True)
     # N = 4 rows of prompt + answer against one: between 3 and 5 times, as the prompt is most of both.
     assert len(ours) == len(theirs) == 2 and 3 < theirs[0][0] / ours[0][0] < 5
-
-
-# ------------------------------------------------------------------------------------------ the forecast of train.py
-
-class Living(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are alive: what a card's allocator counts."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.peak = {}, 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if storage._cdata not in before | self.sizes.keys():  # not a view of something older
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return out
-
-
-@pytest.mark.parametrize("more", [[], ["--checkpointing"], ["--targets", "language"]])
-def test_forecast_of_an_update_is_what_lives_at_its_peak(more):
-    """Here and not in test_train.py: the stand-in's sizes, at which what the arithmetic leaves out is small."""
-    args = bench.parse_args([*TINY, "--dropout", "0.1", "--visual-tokens", "64", "--attention", "eager", *more])
-    policy = bench.build_policy(args)
-    prompts = policy.prompts(*bench.build_inputs(args, 2))
-    groups, counts = bench.write_answers(policy, prompts, args)
-    rows = zip(*bench.judge(groups, counts, np.random.default_rng(0).normal(size=(2, 3))))
-    settings = SimpleNamespace(queries=2, micro=2, group=4, decode="grammar", balance="force", beta=0.0, norm="token",
-                               checkpointing=args.checkpointing, eval_every=0, inner_steps=1, max_grad_norm=1.0,
-                               temperature=1.0, clip=0.2)
-    scorer = SimpleNamespace(model=torch.nn.Linear(1, 1), activation_bytes=lambda count: 0)
-    tokens, side = max(len(prompt.ids) for prompt in prompts), max(prompts[0].resized_size)
-    _, comes = train.memory_forecast(policy, scorer, settings, tokens, len(prompts[0].pixel_values), side)
-    optimizer = torch.optim.AdamW(policy.lora_parameters())
-    with Living() as living:
-        train.update(policy, optimizer, prompts, groups, tuple(map(torch.stack, rows)), settings, ["a", "b"])
-    assert comes["update"] == pytest.approx(living.peak, rel=0.2)
 
 
 # ------------------------------------------------------------------------------------------ measuring

@@ -470,7 +470,7 @@ def decode_work(policy, rows, steps, slots, head):
 
 
 def prefill_work(policy, prompts, tail=0):
-    """[operations, bytes] of prompts with their images, and `tail` tokens after each. What is kept of them costs nothing.
+    """[operations, bytes] of prompts with their images, and `tail` tokens after each. What is kept costs nothing.
     """
     config, operations = policy.model.config, 0
     for prompt in prompts:
@@ -514,7 +514,7 @@ def update_work(policy, pieces, args, repeated):
 
 def scorer_work(c, images, dtype):
     """[operations, bytes] of encoding images by an EvaClip of this EvaClipConfig."""
-    tokens = math.prod(c.image_hw) // c.patch_size**2 + 1
+    tokens = (c.image_size // c.patch_size) ** 2 + 1
     weights = c.layers * (4 * c.width**2 + 2 * int(c.width * c.mlp_ratio) * c.width) + 3 * c.patch_size**2 * c.width
     operations = images * (2 * weights * tokens + 4 * c.layers * c.width * tokens**2)
     return [operations, weights * dtype.itemsize * math.ceil(images / 64)]
@@ -741,7 +741,7 @@ def encode_towers(args):
 def case_encode(args, meter):
     """The image tower on pixels that are ready, of a batch as prepare.py makes them, and open_clip's in turns."""
     c, (ours, theirs) = EvaClipConfig(**EVA[args.model]), encode_towers(args)
-    pixels = torch.randn(args.scorer_batch, 3, *c.image_hw).to(args.device, getattr(torch, args.dtype))
+    pixels = torch.randn(args.scorer_batch, 3, c.image_size, c.image_size).to(args.device, getattr(torch, args.dtype))
     meter.ready()
     with torch.inference_mode():
         for _ in range(args.warmup + args.repeat):
