@@ -22,6 +22,7 @@ import math
 import os
 import re
 import struct
+import sys
 import tokenize
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -673,10 +674,12 @@ def hold(folder, flag):
     file = open(os.path.join(folder, "lock"), "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise InputError(f"{folder} is in use by another process ({error}): wait for its end, or choose another {flag}")
+    except OSError as error:  # some network file systems have no locks
+        print(f"{folder} cannot be locked ({error}): take care that no second process writes there", file=sys.stderr)
+    return file
 
 
 @dataclass

@@ -741,3 +741,11 @@ def test_a_folder_is_held_by_one_process(tmp_path):
     other.wait()
     S.hold(str(tmp_path), "--run").close()
     S.hold(str(tmp_path), "--run").close()
+
+
+def test_a_disk_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(S.fcntl, "flock", flock)
+    S.hold(str(tmp_path), "--run").close()
+    assert "cannot be locked" in capsys.readouterr().err
