@@ -771,7 +771,7 @@ class Data:
         if scorer is not None:
             same_scorer(folder, self.manifest, scorer)
         # Stored relative to this folder, so that both can move together. A stranger's must not make all files readable.
-        self.root = os.path.normpath(os.path.join(folder, self.manifest["root"]))
+        self.root = os.path.normpath(os.path.join(os.path.realpath(folder), self.manifest["root"]))
         if os.path.isabs(self.manifest["root"]) or os.path.realpath(self.root) == "/":
             raise InputError(f"{folder}/manifest.json: root {self.manifest['root']!r} is no folder of images; {remedy}")
         content = json.dumps([self.manifest["K"], self.manifest["files"]], sort_keys=True)

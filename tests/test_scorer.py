@@ -605,6 +605,9 @@ def test_load_data(tmp_path):
     assert data.candidate_image_path(0).endswith("raw/img/0_0.png")
     first = S.load_data(folder, "val", limit=1)
     assert len(first) == len(first.pool) == len(first.full) == 1 and first.identity == data.identity
+    os.makedirs(tmp_path / "far/away")
+    os.symlink(folder, tmp_path / "far/away/link")  # the root is beside the folder, not beside a link to it
+    assert S.load_data(str(tmp_path / "far/away/link"), "val").open_image(0).size == (12, 8)
     moved = shutil.move(str(tmp_path), str(tmp_path) + "_moved")  # raw and data move together
     assert S.load_data(os.path.join(moved, "data"), "val").open_image(1).size == (12, 8)
     assert S.load_data(os.path.join(moved, "data"), "val").identity == data.identity
