@@ -91,8 +91,8 @@ ablations: $(ABLATED) ## READINGS x SEEDS (48 runs of 2-3 minutes on a core) in 
 report: $(RETRIEVED) | $(READY:run.stamp=dev.stamp) ## the tables and one page with plots and pictures: report/report.html
 	$(REPORT)
 
-test: $(READY:run.stamp=dev.stamp) ## all tests
-	$(PY) -m pytest tests $(TEST_FLAGS)
+test: $(READY:run.stamp=dev.stamp) ## all tests, in two processes (TEST_FLAGS="-n 8" for more, "-n 0" for one)
+	PYTHONHASHSEED=0 $(PY) -m pytest tests -n 2 --dist loadfile $(TEST_FLAGS)
 
 # The stand-ins are shipped and have no file target: a checkout's time stamps would start an hour of training at random.
 mini: | $(READY) ## build the stand-in models mini/scorer, mini/policy and mini/scorer2 anew

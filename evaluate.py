@@ -300,7 +300,7 @@ def random_boxes(sizes, actions, seed):
         raise InputError("the policy wrote no readable box at all, so `random` has no shapes to draw: leave it out")
     boxes = [None] * len(sizes)
     for row, (width, height) in ((row, size) for row, size in enumerate(sizes) if size):
-        rng = np.random.default_rng([seed, row])  # by row: --limit does not change the boxes that stay
+        rng = np.random.default_rng([seed, row])  # by row; yet --limit leaves fewer shapes to draw from
         share_w, share_h = shapes[rng.integers(len(shapes))]
         w, h = share_w * width, share_h * height
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)

@@ -4,8 +4,9 @@
     policy.act([image], ["Where does this beetle live?"])     # -> [Action(decision="REGION", box=(31.0, ...), ...)]
 
 From top to bottom: the words (prompt, answer, `parse`), the grammar, LoRA, prompts and completions, decoding, `Policy`,
-adapter files, loading. What rollouts share is computed once: an image goes through the vision tower once a query, a
-prompt is prefilled once and its key-value cache copied to the rollouts, and a training row is `[prompt | tree]`: the
+adapter files, loading. What rollouts share is computed once: an image goes through the vision tower once a `Prompt`
+(with LoRA in the tower once in every forward pass), a prompt is prefilled once and its key-value cache copied to the
+rollouts, and a training row is `[prompt | tree]`: the
 completions of a query, common beginnings merged, under a mask by which a token sees the prompt and its ancestors alone.
 
 Frames: a box in *text* is in pixels of the RESIZED image that the model was given; a box in an `Action` is in pixels of

@@ -1073,8 +1073,11 @@ def write_manifest(args, scorer, kb, splits):
     names += [name for split in splits for name in (f"{split}.jsonl", *(f"{split}_{part}.npy" for part in ARRAYS))]
     files = {}
     for name in names:  # the identity of the pools rests on the hashes
+        digest = hashlib.sha256()
         with open(path := os.path.join(args.out, name), "rb") as file:
-            files[name] = {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            while block := file.read(1 << 24):
+                digest.update(block)
+        files[name] = {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
     manifest = {
         "version": 2, "dataset": args.dataset, "args": vars(args),
         "root": os.path.relpath(args.root, args.out),  # so that raw/ and data/ can move together

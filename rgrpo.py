@@ -70,8 +70,9 @@ def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p
     learns nothing) or "balanced" (Eq. 9, both decisions weighing the same in mean and deviation).
     decision_weight: of factored. "uniform" counts rollouts; "pi" weighs a branch by pi(d | x), with p_region [B] =
     pi(REGION | x): the exact decision gradient. Uniform has its sign, but goes on pushing queries that are settled.
-    std False: no division. std_floor: least deviation of a z-score, lest noise tell equal boxes apart. eps: of Eq. 9.
-    MALFORMED has no known decision: the group's advantage on all its tokens, no part in the z-scores.
+    std False: no division. Eq. 9, over the whole group, divides by sigma + eps; a z-score inside a decision by
+    max(sigma, std_floor), lest noise tell equal boxes apart. "Box tokens" are all but the decision token.
+    MALFORMED has no known decision: it counts in the group and gets the group's advantage on all its tokens.
     """
     rewards = rewards.double()  # in float32, equal rewards may leave a remainder above 0
     weights = torch.ones_like(rewards) if weights is None else weights.double()  # [B, N]

@@ -6,15 +6,16 @@
 
 A step takes a few queries. The policy writes a decision-balanced group of answers to each, the frozen scorer re-ranks
 the query's pool with every crop, the reward is the improvement over the full image, and the policy is moved towards the
-better answers. Only LoRA weights learn. Nothing here reads a truth box, and labels are read by the reward alone.
+better answers. Only LoRA weights learn. Nothing here reads a truth box; labels are read by the reward, and by the
+metrics of val.
 
 Files of a run: config.json (arguments, pools), log.jsonl (a line a step), samples.jsonl (what was said and what it
 earned), adapter/ (LoRA in peft's format) and state.pt at every save, `finished` at the end, lock. A run that was killed
 ends, started again with --resume, with the log, samples and adapter of an unbroken one. Ctrl-C and SIGTERM finish the
 step, save and exit with 130 or 143; a second one stops at once.
 
-With torchrun every process takes its part of a step's queries; gradients are summed, process 0 writes. Results are
-those of one process up to rounding. The `--` keeps torchrun from reading --run as a short form of its own --run-path.
+With torchrun every process takes its part of a step's queries; gradients are summed, process 0 writes. Without dropout
+results are those of one process up to rounding. The `--` keeps torchrun from reading --run as a short --run-path.
 
 Letters: B queries, N = --group rollouts a query, n answers written for them (see `sample_groups`), M answers of a
 forward pass, K candidates, T tokens, D embedding, W processes. Simplified: one image a query.
@@ -108,7 +109,7 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
     "sizes and schedule (App. B)": [
         ("queries", least_1, None, "queries a step, over all processes of torchrun"),
         ("group", number(int, 2), None, "N, rollouts a query"),
-        ("micro", least_1, None, "queries of a process's forward and backward pass; memory, not results"),
+        ("micro", least_1, None, "queries of a forward and backward pass; changes memory, and dropout's draws"),
         ("checkpointing", bool, False, "compute activations twice instead of keeping them: a third more time"),
         ("epochs", above_0, None, "passes over the training queries, in place of --steps"),
         ("steps", least_1, None, "steps, in place of --epochs"),
