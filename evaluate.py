@@ -92,7 +92,7 @@ def parse_args(argv=None):
     add("--policy-dtype", choices=("float32", "bfloat16"),
         help="default: as the run was trained with --policy-dtype, else bfloat16 on CUDA, float32 elsewhere")
     add("--decode", choices=("grammar", "free"),
-        help="grammar: only the decision and the digits are choices; free: any text, then parsed; default: as trained")
+        help="grammar: decision, digits and their ends are choices; free: any text, then parsed; default: as trained")
     add("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 ...")
     add("--batch-size", type=int, default=64, help="queries a step, 1 or more; memory, not results")
     args = parser.parse_args(argv)
