@@ -16,7 +16,7 @@ from PIL import Image
 from mini import pretrain as P
 from mini import world
 from policy import load_policy, parse
-from scorer import Preprocess, crop, fuse, load_scorer, scores
+from scorer import PIXEL_MEAN, PIXEL_STD, Preprocess, crop, fuse, load_scorer, scores
 
 MINI = Path(__file__).resolve().parent.parent / "mini"
 CELL = 14                         # pixels of a patch; 12 x 12 patches, merged 2 x 2 to 36 visual tokens
@@ -180,7 +180,7 @@ def test_block_major_is_the_order_of_the_patches():
     numbers = np.arange(144).reshape(12, 12)
     image = np.repeat(np.repeat(numbers, CELL, 0), CELL, 1)[None, :, :, None].repeat(3, 3).astype(np.uint8)
     red = P.patches_of(image, "cpu").view(1, 144, 3, 196)[:, :, 0]
-    seen = (red * P.PIXEL_STD[0] + P.PIXEL_MEAN[0]).mean(-1) * 255
+    seen = (red * PIXEL_STD[0] + PIXEL_MEAN[0]).mean(-1) * 255
     wanted = P.block_major(torch.arange(144.0)[None])
     assert torch.allclose(seen, wanted, atol=1e-3)
     assert wanted[0, :8].tolist() == [0, 1, 12, 13, 2, 3, 14, 15]
