@@ -31,7 +31,7 @@ def world(args):
     for layer in policy.layers.values():
         torch.nn.init.normal_(layer.lora_B, 0, 0.02)
     prompts = policy.prompts(*bench.build_inputs(args, args.queries))
-    groups, counts = bench.roll(policy, prompts, args)
+    groups, counts = bench.write_answers(policy, prompts, args)
     totals = np.random.default_rng(0).normal(size=(2, 3))  # FULL once, two REGION
     return SimpleNamespace(policy=policy, prompts=prompts, groups=groups, counts=counts,
                            advantages=bench.judge(groups, counts, totals))
@@ -50,7 +50,15 @@ def close(a, b):
 
 # ------------------------------------------------------------------------------------------ the same work on both sides
 
-def test_half_of_a_group_is_one_answer(world):
+def test_answers_are_what_a_rollout_writes(world, args):
+    rolled, counts = bench.roll(world.policy, world.prompts, args)
+    for group in [*world.groups, *rolled]:
+        grammar = world.policy.grammar
+        for c in group:
+            assert c.ids[-1] == world.policy.processor.tokenizer.eos_token_id
+            assert c.ids[c.decision_index] in (grammar.full, grammar.region)
+            assert all((a is not None and t in a) == f for t, a, f in zip(c.ids, c.allowed, c.free))
+    assert counts == world.counts
     assert [[c.action.decision for c in group] for group in world.groups] == [["FULL", "REGION", "REGION"]] * 2
     assert world.counts == [[2, 1, 1], [2, 1, 1]]
     assert [[c.action.decision for c in group] for group in bench.repeat(world.groups, world.counts)] == [

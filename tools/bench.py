@@ -34,7 +34,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLC
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import rgrpo
-from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Action, Policy, suit_cuda
+from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Action, Draft, Policy, suit_cuda
 from rewards import reward
 from scorer import EvaClip, EvaClipConfig, Preprocess, Scorer, crop, scores, write_json
 from tools.meter import Meter, describe, floor_seconds, measure_peaks, start_case
@@ -237,6 +237,22 @@ def roll(policy, prompts, args, seed=0):
     return groups, [[full] + [1] * boxes] * len(prompts)
 
 
+def write_answers(policy, prompts, args):
+    """The same groups of random answers without the model, so that the update is measured by itself."""
+    full, grammar, groups = rgrpo.plan(args.group, "force").count("FULL"), policy.grammar, []
+    for b, prompt in enumerate(prompts):
+        group = []
+        for n, entry in enumerate(["FULL"] + ["REGION"] * (args.group - full)):
+            draft, draw = Draft(b, prompt, entry), np.random.default_rng([b, n])
+            draft.begin(draft.by_grammar(grammar))
+            draft.choose(draft.given[0], 0.0)
+            while draft.allowed:
+                draft.choose(int(draw.choice(draft.allowed)), 0.0)
+            group.append(draft.finish())
+        groups.append(group)
+    return groups, [[full] + [1] * (args.group - full)] * len(prompts)
+
+
 def rewards_of(scorer, images, groups, full, candidates):
     """Rewards by our way (Eq. 5-8): full [B, D] and candidates [B, K, D] are known, crops are encoded once a box.
 
@@ -387,15 +403,17 @@ def update_inputs(args):
     """What both updates are given: policy, optimiser, prompts, groups, counts and advantages from random rewards."""
     policy = build_policy(args)
     prompts = policy.prompts(*build_inputs(args, args.queries))
-    groups, counts = roll(policy, prompts, args)
+    groups, counts = write_answers(policy, prompts, args)
     totals = np.random.default_rng(0).normal(size=(len(groups), len(groups[0])))                        # [B, n]
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=1e-4)
     return policy, optimizer, prompts, groups, counts, judge(groups, counts, totals)
 
 
 def case_update(args, meter):
-    """Ours: a packed row a query. With --targets language the image features are those of the rollout."""
+    """Ours: a packed row a query."""
     policy, optimizer, prompts, groups, _, advantages = update_inputs(args)
+    if args.targets == "language":
+        policy.log_probs(prompts, groups)  # features come from the rollout
     pieces = pack(prompts, groups, advantages)
     meter.ready(*towers_of(policy))
     for _ in range(meter.turns):

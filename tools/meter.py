@@ -7,7 +7,8 @@ they need more.
 The floor of a part is its operations divided by this machine's own rate in one large matrix product, or its bytes
 divided by the rate of a large copy, whichever takes longer; both rates are measured in the same run. Operations are
 what PyTorch counts: all matrix products, what checkpointing computes again among them, and attention as if every token
-saw every other (a causal kernel skips half of that, a few per cent of all). Bytes are the weights, read once a pass.
+saw every other. A causal kernel skips half of that: a few per cent of all at the 3B's sizes, up to a fifth at the
+stand-in's. Bytes are the weights, read once a pass.
 """
 
 import contextlib
@@ -96,7 +97,8 @@ class Meter:
 
     @contextlib.contextmanager
     def measure(self, part):
-        """Time what is run inside. The first of the warm-up's turns, which is not timed anyway, is counted."""
+        """Time what is run inside. The first turn of a warm-up is counted instead: neither its seconds nor its memory
+        are what they would be without the counter."""
         first = part not in self.seconds and self.warmup and self.towers
         forget_peak(self.device)
         synchronise(self.device)
@@ -105,7 +107,8 @@ class Meter:
             yield
         synchronise(self.device)
         self.seconds.setdefault(part, []).append(time.perf_counter() - start)
-        self.peak[part] = max(self.peak.get(part, 0), memory(self.device)[1])
+        if not first:
+            self.peak[part] = max(self.peak.get(part, 0), memory(self.device)[1])
 
     def result(self):
         if self.left_out:
