@@ -43,19 +43,9 @@ def bank():
 # ---------------------------------------------------------------------------------------- the forward of transformers
 
 @torch.no_grad()
-def test_patches_are_the_image_processors(stand_in, bank):
-    images = [Image.fromarray(image) for image in bank[0][:3]]
-    theirs = stand_in.processor.image_processor(images=images, return_tensors="pt")
-    assert theirs["image_grid_thw"].tolist() == [[1, 12, 12]] * 3
-    frames = theirs["pixel_values"].view(3, 144, 3, 2, 14, 14)
-    for frame in range(2):                                       # a still is its own second frame
-        wanted = frames[:, :, :, frame].reshape(3, 144, 588)
-        assert torch.allclose(P.patches_of(bank[0][:3], "cpu"), wanted, atol=1e-5)
-
-
-@torch.no_grad()
 def test_see_equals_transformers(stand_in, bank):
-    """Merged tokens, and the states after blocks 2 and 4, which transformers keeps in the order of its windows."""
+    """From pixels to merged tokens, and the states after blocks 2 and 4, which transformers keeps in the order of its
+    windows. (A still is its own second frame: the processor gives it twice, ours once.)"""
     tower = stand_in.model.model.visual
     pixels = stand_in.processor.image_processor(images=[Image.fromarray(i) for i in bank[0][:3]], return_tensors="pt")
     grid, states = pixels["image_grid_thw"], {}
@@ -75,35 +65,6 @@ def test_see_equals_transformers(stand_in, bank):
         assert torch.allclose(ours, state, atol=1e-4), (ours - state).abs().max()
 
 
-@torch.no_grad()
-def test_read_equals_transformers(stand_in, questions, bank):
-    """The whole answer's logits and the states after layer 2, with rows of different length, and the positions."""
-    images, boxes, categories = (column[:6] for column in bank)
-    batch, model = questions.batch(boxes, categories, np.random.default_rng(0)), stand_in.model
-    # Lengths come from decoding, not from the padding token.
-    lengths = [int(batch["answer"][i]) + len(answer_ids(questions, batch, i)) for i in range(6)]
-    assert len(set(lengths)) > 1
-    keep = torch.arange(questions.length) < torch.tensor(lengths)[:, None]                           # (6, T)
-    types = (batch["ids"] == stand_in.processor.image_token_id).long()
-    pixels = stand_in.processor.image_processor(images=[Image.fromarray(i) for i in images], return_tensors="pt")
-    theirs = model(input_ids=batch["ids"], attention_mask=keep.long(), mm_token_type_ids=types,
-                   output_hidden_states=True, **pixels)
-    positions, _ = model.model.get_rope_index(batch["ids"], types, image_grid_thw=pixels["image_grid_thw"],
-                                              attention_mask=keep.long())
-    ours = questions.positions(batch["start"])
-    assert ours.shape == positions.shape and torch.equal(ours[:, keep], positions[:, keep])
-    # As answer_loss puts it together: visual tokens in their places, causal mask, tied output.
-    tower, language = model.model.visual, model.model.language_model
-    merged = P.see(tower, P.patches_of(images, "cpu"), *P.vision_tables(tower))[2]
-    embeddings = language.embed_tokens(batch["ids"])
-    embeddings[types.bool()] = merged.flatten(0, 1)
-    mask = torch.full((questions.length, questions.length), -1e4).triu(1)
-    middle, final = P.read(model, embeddings, *P.text_tables(model, ours), mask)
-    assert torch.allclose(middle[keep], theirs.hidden_states[2][keep], atol=1e-4)
-    logits = final @ language.embed_tokens.weight.T
-    assert torch.allclose(logits[keep], theirs.logits[keep], atol=1e-4), (logits - theirs.logits)[keep].abs().max()
-
-
 def answer_ids(questions, batch, i):
     """Token ids of row i's answer, up to its end of turn."""
     ids = batch["ids"][i, int(batch["answer"][i]):].tolist()
@@ -112,7 +73,8 @@ def answer_ids(questions, batch, i):
 
 @torch.no_grad()
 def test_answer_loss_by_the_slow_way(stand_in, questions, bank):
-    """Each of its four parts from transformers' logits and states, position by position."""
+    """Each of its four parts from transformers' logits and states, a row without padding at a time: so `read`, the
+    rotary positions and the places of the visual tokens are transformers', too."""
     images, boxes, categories = (column[:6] for column in bank)
     batch, model = questions.batch(boxes, categories, np.random.default_rng(0)), stand_in.model
     torch.manual_seed(0)
@@ -122,6 +84,7 @@ def test_answer_loss_by_the_slow_way(stand_in, questions, bank):
     total, parts = P.answer_loss(model, heads, questions, batch, merged, "cpu")
     token, weights, decision, asked, box = 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(6):
+        # Lengths come from decoding, not from the padding token.
         ids = batch["ids"][i, :int(batch["answer"][i]) + len(answer_ids(questions, batch, i))][None]
         pixels = stand_in.processor.image_processor(images=[Image.fromarray(images[i])], return_tensors="pt")
         out = model(input_ids=ids, mm_token_type_ids=(ids == stand_in.processor.image_token_id).long(),
@@ -185,12 +148,6 @@ def test_block_major_is_the_order_of_the_patches():
     assert torch.allclose(seen, wanted, atol=1e-3)
     assert wanted[0, :8].tolist() == [0, 1, 12, 13, 2, 3, 14, 15]
     assert torch.equal(P.block_major(torch.arange(288.0).view(1, 144, 2))[..., 0] / 2, wanted)
-
-
-def test_asked_cells_by_hand():
-    """Centres are at 1/12, 3/12 ... 11/12. The box holds columns 1 and 2 (3/12 and 5/12), row 5 (11/12)."""
-    box = torch.tensor([[0.2, 0.8, 0.5, 1.0]])
-    assert P.asked_cells(box)[0].nonzero().flatten().tolist() == [5 * 6 + 1, 5 * 6 + 2]
 
 
 def test_contrast_by_hand():

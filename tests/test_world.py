@@ -98,24 +98,18 @@ def test_another_seed_draws_another_world(plan):
 
 # ----------------------------------------------------------------------------------------------------- files of E-VQA
 
-def test_what_was_printed(drawn):
+def test_every_file_and_no_other(drawn):
     folder, printed = drawn
     assert printed == (f"world: 72 entities, 144 reference images, 24 train queries, 8 val queries, 16 test queries "
                        f"-> {folder}\n")
-
-
-def test_every_file_and_no_other(folder):
     names = {"train.csv", "val.csv", "test.csv", "encyclopedic_kb_wiki.json", "url_to_path_mapping.json",
              "inat/train_id2name.json", "inat/val_id2name.json", "truth.jsonl", "contact.png"}
     images = set(read_json(folder / "url_to_path_mapping.json").values())
     images |= {json.loads(line)["image"] for line in open(folder / "truth.jsonl", encoding="utf-8")}
     assert len(images) == 72 * 2 + 24 + 8 + 16                   # no image serves twice
     assert set(digests(folder)) == names | images
-
-
-def test_images_are_jpegs_of_224_pixels(folder):
-    for path in folder.rglob("*.jpg"):
-        with Image.open(path) as image:
+    for path in images:
+        with Image.open(folder / path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (224, 224))
 
 
@@ -307,24 +301,20 @@ def differ(siblings, *keys):
     return len({json.dumps([e.look[key] for key in keys]) for e in siblings}) == len(siblings)
 
 
-def test_species_siblings_share_shape_and_body():
-    for siblings in families_of("species"):
-        assert len(siblings) == 6 and len({e.category for e in siblings}) == 1
-        assert len({json.dumps([e.look["shape"], e.look["body"]]) for e in siblings}) == 1
-        assert len({e.name.split()[0] for e in siblings}) == 1 and len({e.name for e in siblings}) == 6
-        assert differ(siblings, "pattern", "accent") and differ(siblings, "second", "accent")
-        assert all(e.look["body"] not in (e.look["second"], e.look["accent"]) for e in siblings)     # it can be seen
-        assert len({world.describe(e)[1][0].replace(e.name, "") for e in siblings}) == 6             # also in the text
-
-
-def test_landmark_siblings_share_the_building_and_differ_around():
-    for siblings in families_of("landmark"):
-        assert len(siblings) == 6 and len({e.category for e in siblings}) == 1
-        shared = [{k: v for k, v in e.look.items() if k != "around"} for e in siblings]
-        assert all(look == shared[0] for look in shared)
-        for place in range(3):                                   # left, right, in front
-            assert len({tuple(e.look["around"][place]) for e in siblings}) == 6
+@pytest.mark.parametrize("kind", ["species", "landmark"])
+def test_siblings_share_what_they_should(kind):
+    """A genus its shape and body, a family its building: what tells siblings apart is the rest, in the text, too."""
+    for siblings in families_of(kind):
+        assert len(siblings) == 6 and len({e.category for e in siblings}) == 1 and len({e.name for e in siblings}) == 6
         assert len({world.describe(e)[1][0].replace(e.name, "") for e in siblings}) == 6
+        if kind == "species":
+            assert len({json.dumps([e.look["shape"], e.look["body"], e.name.split()[0]]) for e in siblings}) == 1
+            assert differ(siblings, "pattern", "accent") and differ(siblings, "second", "accent")
+            assert all(e.look["body"] not in (e.look["second"], e.look["accent"]) for e in siblings)  # it can be seen
+        else:
+            assert len({json.dumps({**e.look, "around": None}) for e in siblings}) == 1
+            for place in range(3):                               # left, right, in front
+                assert len({tuple(e.look["around"][place]) for e in siblings}) == 6
 
 
 def test_landmark_photographs_differ_only_around_the_building(monkeypatch):
@@ -406,13 +396,10 @@ def test_shares_by_flags():
     species = [q for q in train if q["kind"] == "species"]
     assert abs(sum(q["style"] == "filled" for q in species) / len(species) - 0.25) < 0.033
     assert {q["question"] for q in train} == set(range(5))
-
-
-@pytest.mark.parametrize("share, kinds", [(0.0, {"species"}), (1.0, {"landmark"})])
-def test_one_kind_alone(share, kinds):
-    args = world.parse_args(["--entities", "48", "--landmarks", str(share)])
-    entities = world.make_entities(48, share, 0)
-    assert {e.kind for e in entities} == {q["kind"] for q in world.plan_queries(entities, args)} == kinds
+    for share, kind in ((0.0, "species"), (1.0, "landmark")):
+        args = world.parse_args(["--landmarks", str(share)])
+        entities = world.make_entities(48, share, 0)
+        assert {e.kind for e in entities} == {q["kind"] for q in world.plan_queries(entities, args)} == {kind}
 
 
 @pytest.mark.parametrize("flags, message", [
