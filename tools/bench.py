@@ -653,10 +653,10 @@ def report(found):
         yield f"{name}: {', '.join(cells)}"
 
 
-def main(argv=None, cases=CASES, module="tools.bench", **program):
-    """program: what parse_args is to know of another one, such as tools/bench_trl.py."""
+def main(argv=None, cases=CASES, module="tools.bench", parse=parse_args):
+    """cases, module and parse: those of tools.bench, or of a program that adds cases (tools/bench_trl.py)."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv, cases, **program)
+    args = parse(argv)
     if args.case:
         print(json.dumps(run_case(args, cases)))
         return

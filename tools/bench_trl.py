@@ -105,11 +105,15 @@ class Watch(TrainerCallback):
 
 CASES = {"reward": bench.case_reward, "reward_release": case_reward_release,
          "step": bench.case_step, "step_trl": case_step_trl}
+ALL = {**bench.CASES, **CASES}
+
+
+def parse_args(argv=None):
+    return bench.parse_args(argv, ALL, list(CASES), __doc__, "bench/{model}-{device}-trl.json")
 
 
 def main(argv=None):
-    bench.main(argv, {**bench.CASES, **CASES}, "tools.bench_trl", doc=__doc__, default=list(CASES),
-               out="bench/{model}-{device}-trl.json")
+    bench.main(argv, ALL, "tools.bench_trl", parse_args)
 
 
 if __name__ == "__main__":
