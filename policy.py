@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, DynamicCache, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision, eager_attention_forward,
@@ -205,14 +206,38 @@ class LoraLinear(nn.Module):
         a = (torch.rand(r, base.in_features, generator=generator) * 2 - 1) / math.sqrt(base.in_features)
         self.lora_A = nn.Parameter(a.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+        self.shared = None                                      # during a rollout: Shared, and this layer's place in it
 
     def forward(self, x):
         y = self.base(x)                                                            # [..., out]
         if not self.enabled:
             return y
-        x = F.dropout(x, self.dropout, self.training)
-        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling                   # [..., r]
-        return y + F.linear(low, self.lora_B.to(x.dtype))                           # [..., out]
+        if self.shared is not None:
+            low, b = self.shared[0].low(x, self.shared[1]), self.shared[2]          # [n, r], [r, out]
+        else:
+            low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scaling
+            low, b = low.flatten(0, -2), self.lora_B.to(x.dtype).T                  # [n, r], [r, out]
+        return torch.addmm(y.flatten(0, -2), low, b).view(y.shape)                  # [..., out]
+
+
+class Shared:
+    """The A of LoRA layers that read the same input (q, k and v; gate and up), cast and stacked for a whole rollout.
+
+    A decoding step is a few rows: on a GPU its time is the number of kernels, not their size. So the layers of a group
+    take one product with A where they would take one each, with casts and scaling besides.
+    """
+
+    def __init__(self, layers, dtype):
+        self.a = torch.cat([layer.lora_A * layer.scaling for layer in layers]).to(dtype)        # [sum r, in]
+        self.ranks, self.x = [len(layer.lora_A) for layer in layers], None
+        for i, layer in enumerate(layers):
+            layer.shared = self, i, layer.lora_B.to(dtype).T.contiguous()
+
+    def low(self, x, i):
+        """A x of layer i -> [n, r]; the first of the group to see x computes it for all."""
+        if x is not self.x:
+            self.x, self.parts = x, F.linear(x.flatten(0, -2), self.a).split(self.ranks, 1)
+        return self.parts[i]
 
 
 # ---- what travels: prompts, completions, and the tree that packs completions
@@ -282,6 +307,71 @@ class Tree:
             if parent >= 0:
                 sees[node] |= sees[parent]                      # parents come before their children
         return torch.from_numpy(sees)
+
+
+class Layout:
+    """Rows for one forward pass, each of one or more (prompt, Tree): [prompt | tree | prompt | tree ...].
+
+    ids [R, L], is_image bool [R, L], positions [3, R, L]; sees bool [R, L, L], the block mask: a token sees what came
+    before it in its own prompt, and of its tree its ancestors alone. None where that is plain causal attention, which
+    has faster kernels without a mask. What the prompts of a row begin with (the system's turn) is written once and
+    seen by all. ends: (row, slot) of each prompt's last token; node k of its tree is k + 1 slots further.
+    """
+
+    def __init__(self, rows):
+        self.prompts, self.ends = [prompt for row in rows for prompt, _ in row], []
+        shared = [common_length([prompt for prompt, _ in row]) if len(row) > 1 else 0 for row in rows]
+        lengths = [sum(len(prompt.ids) + len(tree.tokens) for prompt, tree in row) - n * (len(row) - 1)
+                   for row, n in zip(rows, shared)]
+        size = len(rows), max(lengths)
+        self.tokens = sum(lengths)
+        self.ids = torch.zeros(size, dtype=torch.long)                                              # [R, L]
+        self.is_image = torch.zeros(size, dtype=torch.bool)                                         # [R, L]
+        self.positions = torch.zeros(3, *size, dtype=torch.long)                                    # [3, R, L]
+        branched = any(len(row) > 1 or len(set(tree.depths)) < len(tree.depths) for row in rows for _, tree in row)
+        self.sees = torch.ones(*size, size[1], dtype=torch.bool).tril() if branched else None       # [R, L, L]
+        for r, row in enumerate(rows):
+            at = 0
+            for i, (prompt, tree) in enumerate(row):
+                skip = shared[r] if i else 0
+                start, end = at, at + len(prompt.ids) - skip
+                at = end + len(tree.tokens)
+                self.ids[r, start:end], self.ids[r, end:at] = prompt.ids[skip:], torch.tensor(tree.tokens).long()
+                self.is_image[r, start:end] = prompt.mm_token_type_ids[skip:].bool()
+                self.positions[:, r, start:end] = prompt.position_ids[:, skip:]
+                # All branches start at the same position: each reads as if it alone followed the prompt.
+                self.positions[:, r, end:at] = prompt.next_position + torch.tensor(tree.depths).long()
+                if branched:
+                    self.sees[r, start:, skip:start] = False            # of the prompts before, what is shared alone
+                    self.sees[r, end:at, end:at] = tree.ancestors()
+                self.ends.append((r, end - 1))
+
+
+def common_length(prompts):
+    """How many tokens these prompts begin with in common. Text alone: of an image, equal tokens say nothing."""
+    count = min(len(prompt.ids) for prompt in prompts) - 1
+    same = torch.stack([(prompt.ids[:count] == prompts[0].ids[:count]) & (prompt.mm_token_type_ids[:count] == 0)
+                        for prompt in prompts]).all(0)                                              # [T]
+    return count if same.all() else int(same.int().argmin())
+
+
+def queries_a_row(shared, own, width):
+    """How many queries make the cheapest row, in products: what they share, P tokens, is read once a row, but attention
+    takes L^2 products, masked or not. With r tokens of its own a query costs least at sqrt(P (P + 6 D)) / r; attention
+    under a mask runs at about a third of the rate of the other layers, hence 2 D."""
+    return max(1, round(math.sqrt(shared * (shared + 2 * width)) / own))
+
+
+@dataclass
+class Pack:
+    """Completions of some queries as one forward pass scores them (`Policy.pack`). P choices, S sites."""
+
+    queries: list[int]          # B indices, of those that were given to `pack`
+    owners: list                # M of (query, its completion's number), in the order of the queries
+    completions: list           # M
+    layout: Layout
+    choices: list               # P of (m, t, (row, slot), token, allowed): token t of completion m is predicted there
+    sites: list                 # S of (query, (row, slot), tokens fed or allowed there), each node of a tree once
 
 
 # ---- decoding: the answer being written, and the rows of the model that write it
@@ -373,6 +463,25 @@ class Draft:
         return Completion(*map(list, zip(*self.tokens)), self.decision_index, self.forced is not None, action)
 
 
+class Slots(DynamicLayer):
+    """Keys and values of one layer with room for what comes: torch.cat would copy all of them for every token."""
+
+    def update(self, keys, values, *_, **__):
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
+        if not start or end > self.room[0].shape[-2]:
+            old = (self.keys, self.values) if start else (keys[..., :0, :], values[..., :0, :])
+            self.room = [torch.cat([held, new, torch.empty_like(new[..., :1, :]).expand(-1, -1, 64, -1)], -2)
+                         for held, new in zip(old, (keys, values))]
+            self.is_initialized = True
+        self.room[0][..., start:end, :], self.room[1][..., start:end, :] = keys, values
+        self.keys, self.values = (room[..., :end, :] for room in self.room)         # [R, heads, S, d] each
+        return self.keys, self.values
+
+    def batch_select_indices(self, index):
+        end, self.room = self.get_seq_length(), [room[index] for room in self.room]
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+
+
 class Rows:
     """The rows being decoded: key-value cache, which of its slots are real [R, S], next position [R], last hidden
     state [R, D]. Rows differ in length, so slots hold padding, behind prompts and before chunks: `valid` hides it, and
@@ -430,21 +539,27 @@ def pick(log_probs, draws):
     return torch.searchsorted(cdf, u * (1 - 1e-12) * cdf[:, -1:], right=True)[:, 0]
 
 
+def in_slices(function, *columns, size=512):
+    """function over slices of columns of equal length -> list of results. For logits over 150,000 tokens: computed
+    again in the backward pass instead of kept for it."""
+    return [checkpoint(function, *(column[i:i + size] for column in columns), use_reentrant=False)
+            for i in range(0, len(columns[0]), size)]
+
+
 # ---- the policy
 
 class Policy:
     """A frozen Qwen2.5-VL with its processor and, once added, LoRA. Made by `load_policy`; starts in eval mode.
 
     model, processor as in transformers; name: what it was loaded from; max_new_tokens: of a freely decoded answer.
-    keep_prefix: for inference. True reads `opening`, which all prompts begin with, once instead of once a query, and
-    keeps its keys and values until LoRA changes (`_cache`). Whoever changes weights in other ways must leave it False.
+    What all prompts begin with (`opening`) is read once and kept until a weight of the language model changes.
     """
 
     def __init__(self, model, processor, name, system_prompt):
         self.model, self.processor, self.name, self.system_prompt = model, processor, name, system_prompt
         self.language_model, self.device = model.model.language_model, model.device
         self.lora, self.layers = None, {}                           # settings, {module path: LoraLinear}
-        self.max_new_tokens, self.keep_prefix, self._prefix = 256, False, (None, None)
+        self.max_new_tokens, self.training, self._prefix = 256, False, (None, None)
         # The 3B ends a turn with <|im_end|> or <|endoftext|>; its generation config lists both.
         ends = model.generation_config.eos_token_id
         self.end_tokens = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -456,7 +571,7 @@ class Policy:
     @functools.cached_property
     def opening(self):
         """Tokens with which every prompt begins, int64 [P]: the system's turn, hundreds of tokens."""
-        return torch.tensor(self.processor.tokenizer(self._chat())["input_ids"])
+        return torch.tensor(self.processor.tokenizer(self._chat())["input_ids"], dtype=torch.long)
 
     def _chat(self, question=None):
         """The chat template's text: the system's turn alone, or all up to where the answer begins."""
@@ -517,13 +632,25 @@ class Policy:
         free = (self.processor.tokenizer, self.end_tokens, max_new_tokens or self.max_new_tokens, grammar)
         for draft in drafts:
             draft.begin(draft.by_grammar(grammar) if decode == "grammar" else draft.freely(*free))
-        training = self.model.training
+        training = self.training
         self.eval()
         try:
+            self._share()
             self._write(prompts, drafts, decode == "grammar", temperature)
         finally:
+            for layer in self.layers.values():
+                layer.shared = None
             self.train(training)
         return [[draft.finish() for draft in group] for group in groups]
+
+    def _share(self):
+        """Make the layers of LoRA ready for many small passes under the same weights (`Shared`)."""
+        groups, like = {}, {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # these read the same input
+        for name, layer in self.layers.items():
+            parent, _, last = name.rpartition(".")
+            groups.setdefault((parent, like.get(last, last)), []).append(layer)
+        for layers in groups.values():
+            Shared(layers, self.model.dtype)
 
     def _write(self, prompts, drafts, by_grammar, temperature):
         """Write all drafts to their ends: one prefill of the prompts, then choice by choice."""
@@ -531,7 +658,8 @@ class Policy:
         # p(REGION | x) and the first digit's distribution; the template is some 30 tokens beside the prompt's hundreds.
         tail, split = (self.grammar.trunk, len(self.grammar.prefix)) if by_grammar else ([], 0)
         cache, skip = self._cache(prompts)
-        hidden = self._forward(prompts, [Tree([tail], [len(tail)])] * len(prompts), cache, skip)        # [B, L, D]
+        layout = Layout([[(prompt, Tree([tail], [len(tail)]))] for prompt in prompts])
+        hidden = self._forward(layout, cache, skip)                                                     # [B, L, D]
         starts = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)              # [B]
         valid = torch.arange(skip + hidden.shape[1], device=self.device) < starts[:, None] + len(tail)  # [B, S]
         position = torch.tensor([prompt.next_position + len(tail) for prompt in prompts], device=self.device)  # [B]
@@ -569,13 +697,13 @@ class Policy:
 
     def _cache(self, prompts):
         """A key-value cache for rows of these prompts, and how many of their first tokens it holds already."""
-        cache, ids = DynamicCache(config=self.language_model.config), self.opening if self.keep_prefix else None
-        if ids is None or not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):  # of another policy
-            return cache, 0
-        # What is kept holds while no LoRA layer is changed or switched. PyTorch counts a tensor's changes, but neither
-        # those in inference mode, which cannot be trained, nor a fused optimizer's: so `train` forgets what is kept.
-        state = [(layer.enabled, id(tensor), tensor.is_inference() or tensor._version)
-                 for layer in self.layers.values() for tensor in (layer.base.weight, layer.lora_A, layer.lora_B)]
+        cache, ids = Cache(layers=[Slots() for _ in self.language_model.layers]), self.opening
+        if not len(ids) or not all(torch.equal(prompt.ids[:len(ids)], ids) for prompt in prompts):
+            return cache, 0  # prompts of another policy, or a template that begins with the image
+        # What is kept holds while no weight is changed and no LoRA layer switched. PyTorch counts a tensor's changes,
+        # but neither those in inference mode, which cannot be trained, nor a fused optimizer's: so `train` forgets it.
+        state = [layer.enabled for layer in self.layers.values()], [
+            (id(p), p.is_inference() or p._version) for p in self.language_model.parameters()]
         if self._prefix[0] != state:
             self._prefix = state, DynamicCache(config=self.language_model.config)
             positions = torch.arange(len(ids), device=self.device).expand(3, 1, -1)             # text: all three alike
@@ -585,34 +713,17 @@ class Policy:
             cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), i)
         return cache, len(ids)
 
-    def _forward(self, prompts, trees, cache=None, skip=0):
-        """Rows `[prompt | tree | padding]` through the language model -> hidden [B, L, D].
+    def _forward(self, layout, cache=None, skip=0):
+        """The language model over a Layout -> hidden [R, L, D].
 
-        cache: to be filled, for decoding on from here, where no tree has branches. It holds the first `skip` tokens of
-        all rows already, and L is without them.
+        cache: to be filled, for decoding on from here, where rows have one prompt and no branches. It holds the first
+        `skip` tokens of all rows already, and L is without them.
         """
-        width = max(len(prompt.ids) + len(tree.tokens) for prompt, tree in zip(prompts, trees))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)                                    # [B, L]
-        is_image = torch.zeros(len(prompts), width, dtype=torch.bool)                               # [B, L]
-        positions = torch.zeros(3, len(prompts), width, dtype=torch.long)                           # [3, B, L]
-        # The block mask: a token sees what came before it, but of the tree its ancestors alone. Without branches that
-        # is plain causal attention (padding comes last), which has faster kernels without a mask.
-        branched = any(len(set(tree.depths)) < len(tree.depths) for tree in trees)
-        sees = torch.ones(len(prompts), width, width, dtype=torch.bool).tril() if branched else None    # [B, L, L]
-        for b, (prompt, tree) in enumerate(zip(prompts, trees)):
-            start, end = len(prompt.ids), len(prompt.ids) + len(tree.tokens)
-            ids[b, :start], ids[b, start:end] = prompt.ids, torch.tensor(tree.tokens, dtype=torch.long)
-            is_image[b, :start] = prompt.mm_token_type_ids.bool()
-            positions[:, b, :start] = prompt.position_ids
-            # All branches start at the same position: each reads as if it alone followed the prompt.
-            positions[:, b, start:end] = prompt.next_position + torch.tensor(tree.depths, dtype=torch.long)
-            if branched:
-                sees[b, start:end, start:end] = tree.ancestors()
-        ids, is_image, positions = ids[:, skip:], is_image[:, skip:], positions[..., skip:]
-        embeds = self.language_model.embed_tokens(ids.to(self.device))                              # [B, L, D]
-        features = self._features(prompts).to(embeds.dtype)                                         # [sum G, D]
-        embeds = embeds.masked_scatter(is_image.to(self.device)[..., None], features)               # [B, L, D]
-        mask = additive_mask(sees.to(self.device), embeds.dtype) if branched else None              # [B, 1, L, L]
+        ids, is_image, positions = layout.ids[:, skip:], layout.is_image[:, skip:], layout.positions[..., skip:]
+        embeds = self.language_model.embed_tokens(ids.to(self.device))                              # [R, L, D]
+        features = self._features(layout.prompts).to(embeds.dtype)                                  # [sum G, D]
+        embeds = embeds.masked_scatter(is_image.to(self.device)[..., None], features)               # [R, L, D]
+        mask = None if layout.sees is None else additive_mask(layout.sees.to(self.device), embeds.dtype)
         return self.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions.to(self.device),
             past_key_values=cache, use_cache=cache is not None).last_hidden_state
@@ -652,47 +763,113 @@ class Policy:
         logits = F.linear(hidden.float(), weight[columns].float()) / temperature                    # [P, C]
         return logits.masked_fill(~torch.from_numpy(mask).to(logits.device), -torch.inf).log_softmax(-1), columns
 
-    def log_probs(self, prompts, completions, temperature=1.0):
-        """Log-probabilities of completions, differentiable with respect to LoRA.
+    def pack(self, prompts, completions, which=None, hold=False, budget=None):
+        """Prompts and as many lists of Completion (of any sizes) -> list of Pack, each a forward pass of `score`.
 
-        prompts: B; completions: B lists of Completion (from `rollout`, of any sizes). -> dict of tensors on the device,
-        M = completions in order, T = longest: logp float32 [M, T] (log pi of the choices, 0 elsewhere), mask bool
-        [M, T] (choices), decision bool [M, T] (the decision token, a choice too), entropy float32 [M, T] (nats, of the
-        choice's distribution, detached). `temperature` must be that of the rollout. Dropout only after `train()`.
+        which: indices of the queries that are meant; None: all. budget: tokens of a pass, padding included; a query
+        that alone has more is a pass by itself. None: all in one.
+        hold: feed every token of an answer but its last, so that `score` can tell what the template's have become.
         """
-        flat = [(b, c, one) for b, group in enumerate(completions) for c, one in enumerate(group)]      # M entries
-        # The last choice is predicted, never fed: a completion's part in the tree ends before it.
-        trees = [Tree([one.ids for one in group], [max(np.flatnonzero(one.free), default=0) for one in group])
-                 for group in completions]
-        choices = [(m, t, b, len(prompts[b].ids) + trees[b].paths[c][t], one.ids[t], one.allowed[t])
-                   for m, (b, c, one) in enumerate(flat) for t, free in enumerate(one.free) if free]    # P entries
+        def end(one):  # the last choice is predicted, never fed: without `hold` a tree ends before it
+            return len(one.ids) - 1 if hold else max(np.flatnonzero(one.free), default=0)
+
+        def length(row):
+            return sum(sizes[b] for b in row) - (len(row) - 1) * shared
+
+        which = list(range(len(prompts)) if which is None else which)
+        trees = {b: Tree([one.ids for one in completions[b]], [end(one) for one in completions[b]]) for b in which}
+        sizes = {b: len(prompts[b].ids) + len(tree.tokens) for b, tree in trees.items()}
+        shared = common_length([prompts[b] for b in which])
+        own = sum(sizes.values()) / len(sizes) - shared
+        most = queries_a_row(shared, own, self.language_model.config.hidden_size)
+        most = max(1, min(most, budget // max(sizes.values()))) if budget else most
+        passes = [[]]
+        for start in range(0, len(which), most):
+            row = which[start:start + most]
+            if budget and passes[-1] and max(map(length, [*passes[-1], row])) * (len(passes[-1]) + 1) > budget:
+                passes.append([])
+            passes[-1].append(row)
+        return [self._pack_rows(rows, prompts, completions, trees) for rows in passes]
+
+    def _pack_rows(self, rows, prompts, completions, trees):
+        """The Pack of these rows, lists of indices of queries."""
+        queries = [b for row in rows for b in row]
+        layout = Layout([[(prompts[b], trees[b]) for b in row] for row in rows])
+        choices, sites, owners = [], {}, []
+        for b, (row, end) in zip(queries, layout.ends):
+            for n, (one, path) in enumerate(zip(completions[b], trees[b].paths)):
+                owners.append((b, n))
+                for t, node in enumerate(path):  # the node whose hidden state predicts token t; -1 is the prompt's last
+                    at, allowed = (row, end + 1 + node), one.allowed[t] if one.free[t] else (one.ids[t],)
+                    sites[at] = (b, at, allowed)
+                    if one.free[t]:
+                        choices.append((len(owners) - 1, t, at, one.ids[t], allowed))
         if not choices:
             raise ValueError("log_probs needs at least one completion with a choice in it")
-        ms, ts, rows, slots, tokens, allowed = map(list, zip(*choices))
-        hidden = self._forward(prompts, trees)                                                          # [B, L, D]
-        logp, entropy = self._score(hidden[rows, slots], tokens, allowed, temperature)                  # [P], [P]
+        return Pack(queries, owners, [completions[b][n] for b, n in owners], layout, choices, list(sites.values()))
+
+    def log_probs(self, prompts, completions, temperature=1.0):
+        """`score` of all completions in one pass: prompts, B; completions, B lists of Completion."""
+        return self.score(self.pack(prompts, completions)[0], temperature)
+
+    def score(self, pack, temperature=1.0, hold=False):
+        """Log-probabilities of a Pack's completions, differentiable with respect to LoRA.
+
+        -> dict of tensors on the device, M completions, T the longest: logp float32 [M, T] (log pi of the choices, 0
+        elsewhere), mask bool [M, T] (choices), decision bool [M, T] (the decision token, a choice too), entropy float32
+        [M, T] (nats, of the choice's distribution, detached). Under the grammar also options float32 [M, T, C]: log pi
+        of all that was allowed at a choice, -1e4 for what was not. `temperature` must be that of the rollout. Dropout
+        only after `train()`. hold, of a pack with `hold`: also outside float32 [B], the mean, over all nodes of a
+        query's tree, of -log of the probability that the whole vocabulary gives to what was fed or allowed there.
+        """
+        hidden = self._forward(pack.layout)                                                             # [R, L, D]
+        ms, ts, places, tokens, allowed = map(list, zip(*pack.choices))                                 # P each
+        rows, slots = map(list, zip(*places))
+        log_probs, logp, entropy = self._score(hidden[rows, slots], tokens, allowed, temperature)       # [P, C], [P]
         # From the list of choices to the table of tokens.
-        table = logp.new_zeros(len(flat), max(len(one.ids) for _, _, one in flat))                      # [M, T]
+        table = logp.new_zeros(len(pack.completions), max(len(one.ids) for one in pack.completions))    # [M, T]
         index = (torch.tensor(ms, device=logp.device), torch.tensor(ts, device=logp.device))            # m [P], t [P]
-        decision = torch.tensor([flat[m][2].decision_index == t for m, t in zip(ms, ts)], device=logp.device)   # [P]
-        return {"logp": table.index_put(index, logp), "entropy": table.index_put(index, entropy),
-                "mask": table.bool().index_put(index, torch.ones_like(decision)),
-                "decision": table.bool().index_put(index, decision)}
+        decision = torch.tensor([pack.completions[m].decision_index == t for m, t in zip(ms, ts)], device=logp.device)
+        out = {"logp": table.index_put(index, logp), "entropy": table.index_put(index, entropy),
+               "mask": table.bool().index_put(index, torch.ones_like(decision)),
+               "decision": table.bool().index_put(index, decision)}
+        if log_probs is not None:
+            blank = logp.new_full((*table.shape, log_probs.shape[-1]), -1e4)                            # [M, T, C]
+            out["options"] = blank.index_put(index, log_probs)
+        if hold:
+            owner, places, allowed = map(list, zip(*pack.sites))                                        # S each
+            rows, slots = map(list, zip(*places))
+            at = torch.tensor([pack.queries.index(b) for b in owner], device=logp.device)               # [S]
+            outside, ones = self._outside(hidden[rows, slots], allowed), torch.ones_like(at, dtype=logp.dtype)  # [S]
+            sums, counts = (logp.new_zeros(len(pack.queries)).index_add(0, at, x) for x in (outside, ones))     # [B]
+            out["outside"] = sums / counts
+        return out
 
     def _score(self, hidden, tokens, allowed, temperature):
-        """hidden [P, D] and the tokens chosen there -> their log-probabilities [P] and entropies [P]."""
+        """hidden [P, D] and the tokens chosen there -> log-probabilities of all that was allowed [P, C] (None for the
+        whole vocabulary), of the tokens [P], and entropies [P]."""
         def score(part, tokens, allowed):
             log_probs, columns = self.choice_log_probs(part, allowed, temperature)                      # [P, C]
-            # 0 * -inf is nan, so -inf is clamped to something whose exponential is still 0.
-            entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1).detach()                   # [P]
-            return log_probs[range(len(tokens)), [columns.index(token) for token in tokens]], entropy
+            log_probs = log_probs.clamp(min=-1e4)  # for -inf: its exponential is still 0, but 0 * -inf is nan
+            entropy = -(log_probs.exp() * log_probs).sum(-1).detach()                                   # [P]
+            return log_probs, log_probs[range(len(tokens)), [columns.index(token) for token in tokens]], entropy
 
         if allowed[0] is not None:
             return score(hidden, tokens, allowed)
-        # Logits over 150,000 tokens: in slices, and computed again in the backward pass instead of kept for it.
-        parts = [checkpoint(score, hidden[i:i + 512], tokens[i:i + 512], allowed[i:i + 512], use_reentrant=False)
-                 for i in range(0, len(tokens), 512)]
-        return tuple(map(torch.cat, zip(*parts)))
+        parts = in_slices(lambda *part: score(*part)[1:], hidden, tokens, allowed)
+        return None, *map(torch.cat, zip(*parts))
+
+    def _outside(self, hidden, allowed):
+        """-log of the probability that the whole vocabulary gives to the tokens allowed at each of S sites -> [S]."""
+        def score(part, allowed):
+            logits = F.linear(part, self.model.lm_head.weight).float()                                  # [s, V]
+            width = max(map(len, allowed))
+            columns = torch.tensor([[*some, *[some[0]] * (width - len(some))] for some in allowed], device=part.device)
+            again = torch.tensor([[i >= len(some) for i in range(width)] for some in allowed], device=part.device)
+            inside = logits.gather(1, columns).masked_fill(again, -torch.inf)                           # [s, width]
+            return logits.logsumexp(1) - inside.logsumexp(1)                                            # [s]
+
+        return torch.cat(in_slices(score, hidden, allowed))
 
     def act(self, images, questions, decode="grammar", sample=False, force=None, batch_size=16, seed=0):
         """One Action a query: PIL images and question strings, lists of equal length.
@@ -731,7 +908,7 @@ class Policy:
         self.lora = {"r": r, "alpha": alpha, "dropout": dropout}
         for name in targets:
             self.layers[name] = LoraLinear(self.model.get_submodule(name), r, alpha, dropout, generator)
-            self.model.set_submodule(name, self.layers[name].train(self.model.training))
+            self.model.set_submodule(name, self.layers[name].train(self.training))
 
     @property
     def tower_adapted(self):
@@ -795,8 +972,11 @@ class Policy:
     def train(self, mode=True):
         """Dropout on (and gradient checkpointing, where enabled on `model`) until `eval()`. Stay in this mode for the
         backward pass too: checkpointing runs the forward again there. `rollout` and `act` never use dropout."""
-        self._prefix = (None, None) if mode else self._prefix
-        self.model.train(mode)
+        self.training, self._prefix = mode, (None, None) if mode else self._prefix
+        if self.model.is_activation_checkpointing:
+            self.model.train(mode)
+        for layer in self.layers.values():  # the base model has no dropout: to walk over all its modules takes longer
+            layer.training = mode
         return self
 
     def eval(self):

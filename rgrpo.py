@@ -130,7 +130,8 @@ def loss(logp, old_logp, advantages, mask, clip=0.2, ref_logp=None, beta=0.0, no
     weights: [M]. All N / 2 forced FULL rollouts of a query are one action: compute it once, at weight N / 2.
     total: the divisor, by default the sum of token_weights. For a batch in parts (accumulation, several GPUs) give the
     whole batch's sum: then the parts' losses add up to the loss of the whole.
-    Returns (scalar, dict of floats loss, kl, clip_fraction, ratio_max; means are taken as the loss takes them).
+    Returns (scalar, dict of floats loss, kl, clip_fraction, ratio_max). loss and kl are parts of the whole batch's, to
+    be added up; clip_fraction is a mean, taken as the loss takes it.
     ValueError: no free token, or beta without ref_logp. FloatingPointError: the loss is not finite.
     """
     if not mask.any() or (beta and ref_logp is None):
@@ -141,15 +142,44 @@ def loss(logp, old_logp, advantages, mask, clip=0.2, ref_logp=None, beta=0.0, no
     ratio, advantages = log_ratio.exp(), advantages.masked_fill(~mask, 0)
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     to_ref = torch.zeros_like(ratio) if ref_logp is None else (ref_logp.float() - logp.float()).masked_fill(~mask, 0)
-    kl = to_ref.exp() - to_ref - 1  # k3: unbiased as -to_ref is, and never negative
-    value = (counts * (beta * kl - objective)).sum() / (counts.sum() if total is None else total)
+    # k3: unbiased as -to_ref is, and never negative, for tokens drawn from pi. Under a grammar: answer_kl.
+    kl = to_ref.exp() - to_ref - 1
+    total = counts.sum() if total is None else total
+    value = (counts * (beta * kl - objective)).sum() / total
     clipped = torch.where(advantages > 0, ratio > 1 + clip, (ratio < 1 - clip) & (advantages < 0))
-    means = [(counts * x.detach()).sum() / counts.sum() for x in (kl, clipped)]
+    means = [(counts * kl.detach()).sum() / total, (counts * clipped).sum() / counts.sum()]
     numbers = torch.stack([value.detach(), *means, (ratio.detach() * mask).max()]).tolist()  # one wait for the GPU
     if not torch.isfinite(value):
         bad = ~torch.isfinite(objective + beta * kl).all(1)  # [M]
         raise FloatingPointError(f"loss is {numbers[0]}, because of rollouts {bad.nonzero().flatten().tolist()}")
     return value, dict(zip(("loss", "kl", "clip_fraction", "ratio_max"), numbers))
+
+
+def answer_kl(logp, options, ref_options, mask, decision, queries, weights):
+    """KL(pi(.|x) || pi_ref(.|x)) over whole answers under a grammar, in nats, summed over queries: a scalar.
+
+    A decision and the digits of a box are choices among a few tokens, so the KL of a choice is a sum, not a sample:
+        KL(decision) + pi(REGION) E_boxes[sum of KL(choice) over the choices of a box].
+    Under balanced groups the decision was not drawn from pi: a sampled term, such as k3, is then far off where pi is
+    small. Its value is exact for the decision and for boxes a mean over those in the group; so is its gradient, which
+    has, beside that of each KL, what an earlier choice does to the odds of the later ones.
+
+    logp: [M, T], log pi of what was chosen. options, ref_options: [M, T, C], log-probabilities of all that could be.
+    mask, decision: bool [M, T]. queries: int [M], from 0, of each rollout. weights: [M], as in `loss`. A query without
+    a REGION rollout counts its decision alone.
+    """
+    kl = (options.exp() * (options - ref_options)).sum(-1)  # [M, T]
+    boxes = kl * (mask & ~decision)  # [M, T]
+    later = (boxes.sum(1, keepdim=True) - boxes.cumsum(1)).detach() * (mask & ~decision)  # [M, T]
+    boxes = (boxes + (logp - logp.detach()) * later).sum(1)  # [M] the second term is 0, but has a gradient
+    p = (logp * decision).sum(1).exp()  # [M] pi(d | x) of its decision
+    region = weights * (mask & ~decision).any(1)  # [M] FULL has no choice after the decision
+
+    def mean(x, weight):  # [M] -> [B], over each query's rollouts
+        total = weight.new_zeros(int(queries.max()) + 1).index_add(0, queries, weight)
+        return torch.zeros_like(total).index_add(0, queries, x * weight) / total.clamp_min(1e-12)
+
+    return (mean((kl * decision).sum(1), weights) + mean(p * boxes, region)).sum()
 
 
 def bandit(mode, balance="force", decision_weight="uniform", steps=300, B=32, N=8, seed=0):

@@ -9,10 +9,11 @@ the query's pool with every crop, the reward is the improvement over the full im
 better answers. Only LoRA weights learn. Nothing here reads a truth box; labels are read by the reward, and by the
 metrics of val.
 
-Files of a run: config.json (arguments, pools), log.jsonl (a line a step), samples.jsonl (what was said and what it
-earned), adapter/ (LoRA in peft's format) and state.pt at every save, `finished` at the end, lock. A run that was killed
-ends, started again with --resume, with the log, samples and adapter of an unbroken one. Ctrl-C and SIGTERM finish the
-step, save and exit with 130 or 143; a second one stops at once.
+Files of a run: config.json (arguments, pools), log.jsonl (a line a step; step -1 is the policy before training),
+samples.jsonl (what was said and what it earned), adapter/ (LoRA in peft's format) and state.pt at every save,
+adapter_best/ at the best val MRR, `finished` at the end, lock. A run that was killed ends, started again with --resume,
+with the samples and adapter of an unbroken one, and with its log but for seconds and memory. With more --steps a
+finished one goes on. Ctrl-C and SIGTERM finish the step, save and exit with 130 or 143; a second one stops at once.
 
 With torchrun every process takes its part of a step's queries; gradients are summed, process 0 writes. Without dropout
 results are those of one process up to rounding. The `--` keeps torchrun from reading --run as a short --run-path.
@@ -49,14 +50,14 @@ from rewards import metrics, reward, summary
 from scorer import InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, write_json
 
 PRESETS = {
-    # App. B. "Batch size 4 per device" is read as 4 queries of N rollouts: on the paper's 4 GPUs, --queries 16. The KL
-    # term's weight is not printed there; the release has .1, but compares with a policy that is only 8 ranks away.
-    "paper": dict(queries=4, group=8, epochs=2.0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
-                  micro=1, eval_every=200, save_every=100),
+    # App. B. "Batch size 4 per device" on 4 GPUs is read as 16 queries of N rollouts a step, however many GPUs do it.
+    # The KL term's weight is not printed there; the release has .1, but compares with a policy only 8 ranks away.
+    "paper": dict(queries=16, group=8, epochs=2.0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
+                  eval_every=200, save_every=100),
     # The stand-in is a thousand times smaller: its LoRA takes larger steps. Its vision tower stays frozen, so image
     # features are computed once. Without dropout and KL it learns as well and faster.
     "mini": dict(queries=16, group=8, steps=120, lr=1e-3, warmup=10, dropout=0.0, targets="language",
-                 beta=0.0, micro=16, eval_every=40, save_every=20),
+                 beta=0.0, eval_every=40, save_every=20),
 }
 
 
@@ -94,7 +95,9 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("decode", ("grammar", "free"), "grammar", "decision, digits, their ends are choices | any text, then parsed"),
         ("temperature", above_0, 1.0, "of sampling, and of the log-probabilities that are trained"),
         ("clip", above_0, 0.2, "of the probability ratio"),
-        ("beta", real, None, "weight of the KL term; 0 saves the reference policy's forward"),
+        ("beta", real, None, "weight of the KL to the bare policy, nats an answer; 0 saves that one's forward"),
+        ("hold", real, 1.0, "weight of the term that keeps the template likely, so that an answer can be read without "
+         "the grammar, too; 0 = none, and the adapter is of use under --decode grammar alone"),
         ("norm", ("token", "sequence"), "token", "the loss is a mean over tokens or over rollouts"),
         ("reward", ("delta", "absolute"), "delta", "Eq. 7-8 | .5 MRR + .5 NDCG, the release's option"),
         ("reward-weights", number(float, -1e9), [0.2, 0.2, 0.2, 0.4], "of dMRR, dNDCG, dRank and dMargin in Eq. 7"),
@@ -109,7 +112,8 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
     "sizes and schedule (App. B)": [
         ("queries", least_1, None, "queries a step, over all processes of torchrun"),
         ("group", number(int, 2), None, "N, rollouts a query"),
-        ("micro", least_1, None, "queries of a forward and backward pass; changes memory, and dropout's draws"),
+        ("micro-tokens", least_1, None, "tokens of a forward and backward pass; None = what the card bears, by trial, "
+         "8192 on a CPU; changes memory, and dropout's draws"),
         ("checkpointing", bool, False, "compute activations twice instead of keeping them: a third more time"),
         ("epochs", above_0, None, "passes over the training queries, in place of --steps"),
         ("steps", least_1, None, "steps, in place of --epochs"),
@@ -121,7 +125,7 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("max-grad-norm", above_0, 1.0, "gradients are scaled down to this norm"),
         ("seed", whole, 0, "LoRA, the order of the data and every draw are functions of it"),
         ("eval-every", whole, None, "steps between two evaluations on val, 0 = never"),
-        ("val-queries", least_1, 200, "val queries of an evaluation, the first ones"),
+        ("val-queries", least_1, 200, "val queries of an evaluation, drawn once by --seed"),
         ("save-every", least_1, None, "steps between two saves"),
         ("samples-every", whole, 10, "steps between two groups in samples.jsonl, 0 = never")]}
 
@@ -131,9 +135,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="mini", help="defaults: App. B, or the embedded world's")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, parents=[first])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, parents=[first], allow_abbrev=False)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in flags:
@@ -152,6 +156,9 @@ def parse_args(argv=None):
     # Free text has no known pi(REGION | x), and the other advantages have no branches to weigh.
     if args.decision_weight == "pi" and (args.advantage, args.decode) != ("factored", "grammar"):
         parser.error("--decision-weight pi needs --advantage factored and --decode grammar")
+    # By pi each decision counts as a whole; "sequence" divides it by the tokens of its answer: 1, or 15 for REGION.
+    if args.decision_weight == "pi" and args.norm == "sequence":
+        parser.error("--decision-weight pi needs --norm token")
     return args
 
 
@@ -319,13 +326,13 @@ def update(policy, optimizer, prompts, groups, advantages, args, names):
     work = [b for b in range(len(groups)) if args.beta or not idle[b]]
     total = sum(gather([loss_size(groups, advantages[2], args.norm)]))  # of the whole batch
     zero_advantage = float(np.mean(gather(idle.tolist())))
-    old, passes, norms = {}, [], []
+    hold = holds(args)
+    packs = policy.pack(prompts, groups, work, hold, args.micro_tokens) if work else []
+    old, parts, norms = {}, [], []
     busy = args.beta or zero_advantage < 1  # anywhere: a process without work must still add its zeros
     for _ in range(args.inner_steps if busy else 0):
         optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(work), args.micro):
-            part = work[start:start + args.micro]
-            passes.append(backward(policy, part, prompts, groups, advantages, total, old, args, names))
+        parts += [backward(policy, pack, advantages, total, old, hold, args, names) for pack in packs]
         sum_gradients(policy.lora_parameters())
         norms.append(torch.nn.utils.clip_grad_norm_(policy.lora_parameters(), args.max_grad_norm).item())
         # Clipping by an infinite norm makes every gradient NaN or 0: the step would ruin the weights without a word.
@@ -334,14 +341,18 @@ def update(policy, optimizer, prompts, groups, advantages, args, names):
         optimizer.step()
     if not busy:
         return {"zero_advantage": zero_advantage}
-    passes = gather(passes)
-    of = {key: np.array([one[key] for one in passes]) for key in passes[0]}  # [passes] each
-    weight = of["size"] / of["size"].sum()  # [passes] so that it does not matter how --micro cut the batch
-    learned = {"loss": of["loss"].sum() / args.inner_steps,  # the parts of a batch add up to its loss
-               "kl": weight @ of["kl"], "clip_fraction": weight @ of["clip_fraction"],
-               "ratio_max": of["ratio_max"].max(), "logp_gap": of["logp_gap"].max(),
-               "decision_entropy": of["entropy"].sum() / max(1, of["decisions"].sum()), "grad_norm": np.mean(norms)}
+    parts = gather(parts)
+    of = {key: np.array([one[key] for one in parts]) for key in parts[0]}  # [passes] each
+    learned = {name: of[name].sum() / args.inner_steps for name in ("loss", "kl", "outside") if name in of}
+    learned |= {"clip_fraction": of["size"] @ of["clip_fraction"] / of["size"].sum(),
+                "ratio_max": of["ratio_max"].max(), "logp_gap": of["logp_gap"].max(),
+                "decision_entropy": of["entropy"].sum() / max(1, of["decisions"].sum()), "grad_norm": np.mean(norms)}
     return {**{name: float(value) for name, value in learned.items()}, "zero_advantage": zero_advantage}
+
+
+def holds(args):
+    """Is the template held (--hold)? In free decoding its tokens are choices, which the loss moves by itself."""
+    return args.hold > 0 and args.decode == "grammar"
 
 
 def loss_size(groups, weight, norm):
@@ -351,42 +362,49 @@ def loss_size(groups, weight, norm):
                for b, group in enumerate(groups) for n, c in enumerate(group))
 
 
-def backward(policy, part, prompts, groups, advantages, total, old, args, names):
-    """Gradients of the queries `part` -> its numbers. total: the whole batch's loss_size.
+def backward(policy, pack, advantages, total, old, hold, args, names):
+    """Gradients of a Pack's queries -> its numbers. total: the whole batch's loss_size.
 
-    old: {first query of a part: its log-probs at the first inner step}, filled here.
+    old: {first query of a pack: its log-probs at the first inner step}, filled here.
     """
-    chosen = [prompts[b] for b in part], [groups[b] for b in part]
-    flat = [(b, n, c) for b in part for n, c in enumerate(groups[b])]  # M answers
+    owners, at = map(list, zip(*pack.owners))  # M queries, M numbers in their groups
     policy.train()  # LoRA dropout, if any
-    out = policy.log_probs(*chosen, temperature=args.temperature)
-    logp, mask = out["logp"], out["mask"]  # [M, T], [M, T]
-    at = [b for b, _, _ in flat], [n for _, n, _ in flat]
-    decision, box, weight = (table[at].to(logp.device) for table in advantages)  # [M] each
-    token = torch.where(out["decision"], decision[:, None], box[:, None])  # [M, T]
-    reference = None
+    out = policy.score(pack, args.temperature, hold)
+    logp, mask, choice = out["logp"], out["mask"], out["decision"]  # [M, T] each
+    decision, box, weight = (table[owners, at].to(logp.device) for table in advantages)  # [M] each
+    token = torch.where(choice, decision[:, None], box[:, None])  # [M, T]
+    reference, exact = {}, "options" in out
     if args.beta:
         policy.eval()
         with torch.no_grad(), policy.adapter(False):
-            reference = policy.log_probs(*chosen, temperature=args.temperature)["logp"]  # [M, T]
+            reference = policy.score(pack, args.temperature)
     # The first inner step's own values, detached, and not those of sampling: a ratio of exactly 1, also with dropout.
-    before = old.setdefault(part[0], logp.detach())  # [M, T]
+    before = old.setdefault(owners[0], logp.detach())  # [M, T]
     try:
-        value, numbers = rgrpo.loss(
-            logp, before, token, mask, args.clip, reference, args.beta, args.norm, weight, total)
+        value, numbers = rgrpo.loss(logp, before, token, mask, args.clip, reference.get("logp"),
+                                    0.0 if exact else args.beta, args.norm, weight, total)
     except FloatingPointError as error:
         # Where every log-probability is finite, it was the ratio or the KL term: any query of the part may be the one.
-        sick = {b for (b, _, _), fine in zip(flat, logp.isfinite().all(1).tolist()) if not fine} or part
+        sick = {b for b, fine in zip(owners, logp.isfinite().all(1).tolist()) if not fine} or set(owners)
         raise FloatingPointError(f"{error}; queries {[names[b] for b in sorted(sick)]}") from error
+    # Both are means over the queries of the whole step.
+    if args.beta and exact:
+        of = torch.tensor([pack.queries.index(b) for b in owners], device=logp.device)  # [M]
+        kl = rgrpo.answer_kl(logp, out["options"], reference["options"], mask, choice, of, weight) / args.queries
+        value, numbers["kl"] = value + args.beta * kl, kl.item()
+    if hold:
+        outside = out["outside"].sum() / args.queries
+        value, numbers["outside"] = value + args.hold * outside, outside.item()
     policy.train()  # checkpointing runs the forward again in the backward pass
     value.backward()
     policy.eval()
     sampled = torch.zeros(logp.shape)  # [M, T]
-    for m, (_, _, c) in enumerate(flat):
+    for m, c in enumerate(pack.completions):
         sampled[m, :len(c.ids)] = torch.tensor(c.log_probs)
     gap = (before - sampled.to(logp.device)) * mask  # [M, T] sampling against scoring
-    return {**numbers, "size": loss_size(chosen[1], advantages[2][part], args.norm), "logp_gap": gap.abs().max().item(),
-            "entropy": (out["entropy"] * out["decision"]).sum().item(), "decisions": out["decision"].sum().item()}
+    size = rgrpo.token_weights(mask, args.norm, weight).sum().item()
+    return {**numbers, "size": size, "logp_gap": gap.abs().max().item(),
+            "entropy": (out["entropy"] * choice).sum().item(), "decisions": choice.sum().item()}
 
 
 def describe(actions, counts, rewards):
@@ -418,14 +436,21 @@ def sample_lines(step, query, group, earned, advantages):
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
-SHOWN = ("reward", "reward_full", "reward_region", "p_region", "malformed_rate", "kl", "grad_norm", "lr", "seconds",
-         "val_mrr", "val_cond_r1", "val_crop_rate")  # of a line of log.jsonl, to people
+SHOWN = ("reward", "reward_full", "reward_region", "p_region", "malformed_rate", "kl", "outside", "grad_norm", "lr",
+         "seconds", "val_mrr", "val_cond_r1", "val_crop_rate")  # of a line of log.jsonl, to people
 
 
 def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
     """Steps start .. steps - 1 with their logs, evaluations and saves -> the signal that ended it early, or None."""
     run, began, coming, first = Path(args.run), time.perf_counter(), None, process()[0] == 0
+    best = max([line["val_mrr"] for line in read_log(run / "log.jsonl") if "val_mrr" in line], default=-1.0)
     with open_board(args, start) as board, listening() as heard, ThreadPoolExecutor(1) as thread:
+        if args.eval_every and not start:
+            log = {"step": -1, **validate(policy, scorer, val, args)}
+            best = keep_best(policy, log, best, run)
+            if first:
+                append(run / "log.jsonl", [log])
+                tqdm.write("before training  " + told(log))
         for step in tqdm(range(start, steps), initial=start, total=steps, desc="train", unit="step",
                          disable=None if first else True):  # None: a bar on terminals only
             clock, last = time.perf_counter(), step + 1 == steps
@@ -437,14 +462,14 @@ def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
             log |= {"seconds": time.perf_counter() - clock, "memory_mb": memory_mb(policy.device)}
             if args.eval_every and ((step + 1) % args.eval_every == 0 or last):
                 log |= validate(policy, scorer, val, args)
+                best = keep_best(policy, log, best, run)
             signals = gather(list(heard))  # one may reach a process sooner than another; all end after the same step
             if first:
                 append(run / "log.jsonl", [log])
                 if args.samples_every and step % args.samples_every == 0:
                     append(run / "samples.jsonl", samples)
                 left = (time.perf_counter() - began) / (step + 1 - start) * (steps - step - 1) / 60
-                told = " ".join(f"{name} {log[name]:.3g}" for name in SHOWN if log.get(name) is not None)
-                tqdm.write(f"step {step + 1}/{steps}  {told}  {left:.1f} min left")
+                tqdm.write(f"step {step + 1}/{steps}  {told(log)}  {left:.1f} min left")
                 for name, value in log.items():
                     if board and isinstance(value, (int, float)):
                         board.add_scalar(name, value, step)
@@ -456,10 +481,23 @@ def run_steps(start, steps, policy, optimizer, scorer, data, val, args):
     return None
 
 
+def told(log):
+    return " ".join(f"{name} {log[name]:.3g}" for name in SHOWN if log.get(name) is not None)
+
+
+def keep_best(policy, log, best, run):
+    """Save adapter_best/ where a line of log.jsonl has a better val MRR than any before -> the best MRR."""
+    if log["val_mrr"] > best and process()[0] == 0:
+        policy.save_adapter(str(run / "adapter_best"))
+    return max(best, log["val_mrr"])
+
+
 def validate(policy, scorer, data, args):
-    """Greedy answers to the first --val-queries val queries: MRR, CondR@1 (None without a positive) and crop rate."""
+    """Greedy answers to --val-queries val queries: MRR, CondR@1 (None without a positive) and crop rate."""
     rank, count = process()
-    rows, batch = range(min(args.val_queries, len(data)))[rank::count], min(32, 2 * args.queries)
+    # A random sample: the first rows of a file that is sorted by entity know few entities. The same for every run.
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:args.val_queries])[rank::count].tolist()
+    batch = min(64, args.queries * (1 + args.group // 2))  # a step's rollout has as many rows
     answers = []  # a query's labels [K], its scores [K], and whether it was cropped
     for start in range(0, len(rows), batch):
         part = rows[start:start + batch]
@@ -483,22 +521,34 @@ def memory_mb(device):
 
 
 def try_largest(policy, data, args):
-    """On a card, step the largest possible row once, so that what does not fit fails before step 0: --queries times the
-    longest question with an image of the policy's cap. No weight moves, and all draws of a run are of (seed, step)."""
+    """How many tokens a forward and backward pass may have (--micro-tokens), and does the largest query fit?
+
+    On a card that is tried before step 0: the longest question with an image of the policy's cap is stepped once. No
+    weight moves, and all draws of a run are of (seed, step).
+    """
     if policy.device.type != "cuda":
-        return
+        return args.micro_tokens or 8192
     side = math.isqrt(policy.processor.image_processor.size["longest_edge"])  # pixels; the "edge" is an area
-    question = max((query.question for query in data.queries), key=len)
+    question = data.queries[int(np.diff(data.queries.starts).argmax())].question  # of the longest line
     queries = math.ceil(args.queries / process()[1])
     prompts = policy.prompts([Image.new("RGB", (side, side))] * queries, [question] * queries)
     groups, _ = sample_groups(policy, prompts, [(args.seed, 0, b) for b in range(queries)], args)
-    ones = torch.ones(queries, args.group)
-    part = list(range(min(args.micro, queries)))
-    backward(policy, part, prompts, groups, (ones, ones, ones), 1.0, {}, args, ["the largest"] * queries)
+    ones, hold = torch.ones(queries, args.group), holds(args)
+    torch.cuda.empty_cache()
+    rest, free = torch.cuda.memory_allocated(policy.device), torch.cuda.mem_get_info(policy.device)[0]
+    before = memory_mb(policy.device)
+    pack = policy.pack(prompts, groups, None, hold, args.micro_tokens or 1)[0]
+    backward(policy, pack, (ones, ones, ones), 1.0, {}, hold, args, ["the largest"] * queries)
+    peak = memory_mb(policy.device)
     for parameter in policy.lora_parameters():
         parameter.grad = None
+    # Four fifths of what is free: pieces of other sizes leave gaps in the allocator's blocks.
+    each = (peak * 2**20 - rest) / pack.layout.tokens
+    tokens = args.micro_tokens or max(1, min(gather([int(0.8 * free / each)])))
     if process()[0] == 0:
-        print(f"memory: {memory_mb(policy.device):,} MiB at the peak of the largest row, {len(prompts[0].ids)} tokens")
+        print(f"memory: {before:,} MiB at the peak of a rollout, {peak:,} MiB of an update of {pack.layout.tokens} "
+              f"tokens; passes of at most {tokens:,} tokens")
+    return tokens
 
 
 @contextlib.contextmanager
@@ -536,6 +586,10 @@ def open_board(args, start):
 
 
 # --------------------------------------------------------------------------------------------------- the run's files
+FREE = ("steps", "epochs", "eval_every", "val_queries", "save_every", "samples_every", "max_prompt_tokens",
+        "checkpointing", "tensorboard", "wandb")
+
+
 def describe_run(args, data):
     """What config.json holds: all that decides the result, and on which pools."""
     where = ("resume", "device", "run", "data")  # not what: these may differ when a run is taken up again
@@ -556,14 +610,14 @@ def check_run(run, config, resume):
     if not resume:
         raise InputError(f"{run} holds a {'finished ' * finished}run: go on with --resume, or choose another --run")
     then = read_json(run / "config.json", "put it back, or choose another --run")
-    # The flags in this tuple change no result: a run that stopped for want of memory may go on with other values.
+    # The flags in FREE change no step that was made: a run may go on for longer, or with less memory.
     old, new = ({"pools (the data)": one.get("pools"), **one.get("args", {}), "system_prompt": one.get("system_prompt"),
-                 **dict.fromkeys(("save_every", "max_prompt_tokens", "checkpointing", "tensorboard", "wandb"))}
-                for one in (then, config))
+                 **dict.fromkeys(FREE)} for one in (then, config))
     if changed := sorted(name for name in old | new if old.get(name) != new.get(name)):
         raise InputError(f"{run}: --resume with other values of {', '.join(changed)} than it was started with; see "
                          f"{run / 'config.json'}, or choose another --run")
-    return "finished" if finished else "state"
+    longer = any(then["args"].get(name) != config["args"][name] for name in ("steps", "epochs"))
+    return "finished" if finished and not longer else "state"
 
 
 def save_state(path, step, policy, optimizer):
@@ -595,14 +649,22 @@ def load_state(path, policy, optimizer):
     return int(state["step"])
 
 
+def read_log(path):
+    """Lines of log.jsonl or samples.jsonl as dicts; [] where there is none."""
+    # Only what ends in a newline was written to the end; half a line may even look like JSON.
+    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): mend or remove that line") from error
+
+
 def keep_lines_before(path, step):
     """Cut a log back to the steps before `step`: what a killed run wrote after its last state is written again."""
     if path.exists():
-        # Only what ends in a newline was written to the end; half a line may even look like JSON.
-        *whole, _ = path.read_bytes().split(b"\n")
-        kept = [line + b"\n" for line in whole if json.loads(line)["step"] < step]
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if step and line["step"] < step]
         with replacing(path) as temporary:
-            Path(temporary).write_bytes(b"".join(kept))
+            Path(temporary).write_text("".join(kept), encoding="utf-8")
 
 
 def append(path, rows):
@@ -655,14 +717,27 @@ def sum_gradients(parameters):
 # --------------------------------------------------------------------------------------------------------- the stage
 def open_data(args):
     """Scorer, train data, val data (None without evaluation)."""
-    data = load_data(args.data, "train")  # before the scorer: a fault of the data should not wait for gigabytes
-    val = load_data(args.data, "val") if args.eval_every else None
+    with phase("data"):  # before the scorer: a fault of the data should not wait for gigabytes
+        data = load_data(args.data, "train")
+        val = load_data(args.data, "val") if args.eval_every else None
     for part, advice in ((data, "see the counts in manifest.json"), (val, "prepare some, or give --eval-every 0")):
         if part is not None and not len(part):
             raise InputError(f"{part.queries.path}: no query here to learn from or to evaluate on; {advice}")
-    scorer = load_scorer(args.scorer, args.device, args.scorer_dtype or data.manifest["scorer"]["dtype"])
-    same_scorer(args.data, data.manifest, scorer)
+    with phase("scorer"):
+        scorer = load_scorer(args.scorer, args.device, args.scorer_dtype or data.manifest["scorer"]["dtype"])
+        same_scorer(args.data, data.manifest, scorer)
     return scorer, data, val
+
+
+@contextlib.contextmanager
+def phase(name):
+    """Say what is being loaded, and how long it took."""
+    began = time.perf_counter()
+    if process()[0] == 0:
+        print(f"{name} ...", flush=True)
+    yield
+    if process()[0] == 0:
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def open_policy(args, prompt):
@@ -701,7 +776,8 @@ def train(args):
                 print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
                 (run / "finished").touch()  # make asked because data/ is newer: up to date
             return 0
-        policy = open_policy(args, config["system_prompt"])
+        with phase("policy"):
+            policy = open_policy(args, config["system_prompt"])
         # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.
         optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
         start = load_state(run / "state.pt", policy, optimizer) if holds == "state" else 0
@@ -711,8 +787,12 @@ def train(args):
         if len(seen := set(gather([(start, data.identity)]))) > 1:
             raise InputError(f"the processes see different files (steps done, pools): {seen}; --run and --data must be "
                              "the same folders for all")
-        try_largest(policy, data, args)
+        with phase("largest query"):
+            # A resumed run takes what the card bore that it was begun on: with dropout other passes draw other numbers.
+            then = read_json(run / "config.json", "put it back") if start else {}
+            args.micro_tokens = config["micro_tokens"] = then.get("micro_tokens") or try_largest(policy, data, args)
         if first:
+            (run / "finished").unlink(missing_ok=True)
             write_json(run / "config.json", config)
             for name in ("log.jsonl", "samples.jsonl"):
                 keep_lines_before(run / name, start)
@@ -742,8 +822,8 @@ def main(argv=None):
         raise SystemExit(f"train.py: {error}. What was whole in {args.run} still is: make room, or mend what is said, "
                          "then go on with the same command and --resume") from error
     except torch.cuda.OutOfMemoryError as error:
-        raise SystemExit(f"train.py: {error}\nWhat helps: --micro 1 and --checkpointing (--resume may add the latter), "
-                         "or, in a new run, a smaller --max-pixels or fewer --queries") from error
+        raise SystemExit(f"train.py: {error}\nWhat helps: --checkpointing (--resume may add it), or, in a new run, "
+                         "smaller --micro-tokens, a smaller --max-pixels or fewer --queries") from error
     except KeyboardInterrupt:  # while loading, or a second one
         print("train.py: stopped at once; --resume goes on from the last state.pt, if there is one", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

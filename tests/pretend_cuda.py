@@ -182,7 +182,7 @@ def pretended_collectives():
 def pretended_calls():
     """(owner, name, what stands in for it): all that would ask a driver."""
     facts = {"is_available": True, "device_count": 1, "current_device": Card.home.index, "get_device_name": "a CPU",
-             "memory_allocated": 0, "max_memory_allocated": 0,
+             "memory_allocated": 0, "max_memory_allocated": 1 << 20, "mem_get_info": (1 << 30, 1 << 31),
              "reset_peak_memory_stats": None, "synchronize": None, "empty_cache": None, "set_device": None,
              "_lazy_init": None, "manual_seed_all": None, "get_rng_state": torch.zeros(1), "set_rng_state": None,
              "is_bf16_supported": True}

@@ -59,7 +59,7 @@ def home(tmp_path_factory):
 
 def flags(home, run, device, *more):
     return ["--data", str(home / "data"), "--run", str(run), "--device", device, "--steps", "2", "--queries", "2",
-            "--micro", "1", "--save-every", "1", "--eval-every", "0", "--samples-every", "1", *more]
+            "--save-every", "1", "--eval-every", "0", "--samples-every", "1", *more]
 
 
 # ---- the card itself: what it refuses --------------------------------------------------------------------------------
@@ -156,12 +156,14 @@ def test_training_is_that_of_a_cpu(home, tmp_path):
                 train.main(flags(home, tmp_path / device, device, "--eval-every", "2", *EXACT))
                 assert card.operations > 10_000
     ours, theirs = untimed(tmp_path / "cuda"), untimed(tmp_path / "cpu")
-    assert len(ours) == 2 and ours[1]["grad_norm"] > 0 and "val_mrr" in ours[1]
+    assert len(ours) == 3 and ours[2]["grad_norm"] > 0 and "val_mrr" in ours[2]
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     found, wanted = (load_file(tmp_path / device / ADAPTER) for device in ("cuda", "cpu"))
     moved = max(float(b.abs().max()) for k, b in wanted.items() if "lora_B" in k)
-    assert all(float((found[k] - wanted[k]).abs().max()) < 0.05 * moved for k in wanted)
+    # Adam's first steps follow the sign of a gradient: one of next to nothing may come out either way.
+    off = torch.cat([(found[k] - wanted[k]).abs().flatten() for k in wanted]) / moved
+    assert off.max() < 0.5 and (off > 0.05).float().mean() < 1e-4
 
 
 PAPER = ("--targets", "all", "--dropout", "0.1", "--beta", "0.05", "--inner-steps", "2", "--checkpointing")
@@ -174,7 +176,7 @@ def test_training_in_bfloat16_as_a_card_does(home, tmp_path, more, capsys):
     with pretend_cuda():
         train.main(flags(home, tmp_path / "run", "cuda", *more))
     said = capsys.readouterr().out
-    assert "on 1 x cuda" in said and "MiB at the peak of the largest row" in said
+    assert "on 1 x cuda" in said and "MiB at the peak of a rollout" in said
     log = untimed(tmp_path / "run")
     assert len(log) == 2 and all(np.isfinite(line["reward"]) for line in log)
     assert {value.dtype for value in load_file(tmp_path / "run" / ADAPTER).values()} == {torch.float32}
@@ -227,27 +229,34 @@ def test_the_next_step_is_opened_while_one_runs(home, tmp_path, monkeypatch):
 
 
 def test_largest_row_is_stepped_first_and_changes_nothing(home, monkeypatch):
-    """As many queries as a step has, the longest question, an image of the policy's cap; a backward pass of --micro."""
+    """As many queries as a step has, the longest question, an image of the policy's cap; one of them is stepped, and what
+    that takes says how many tokens a pass may have: 4/5 of 1 GiB at 1 MiB for the tokens of one query."""
     data, asked, passed = load_data(str(home / "data"), "train"), [], []
     args = train.parse_args(flags(home, "run", "cuda", "--dropout", "0.1", "--targets", "all", "--queries", "3",
-                                  "--micro", "2", *EXACT))
+                                  *EXACT))
+    args.micro_tokens = None
     with pretend_cuda():
         policy = train.open_policy(args, None)
         before = [p.detach().cpu().clone() for p in policy.lora_parameters()]
         monkeypatch.setattr(policy, "prompts", lambda images, questions, whole=policy.prompts: (
             asked.append((images, questions)), whole(images, questions))[1])
-        monkeypatch.setattr(policy, "log_probs", lambda prompts, *rest, whole=policy.log_probs, **more: (
-            passed.append(len(prompts)), whole(prompts, *rest, **more))[1])
-        train.try_largest(policy, data, args)
-        assert all(p.grad is None for p in policy.lora_parameters()) and not policy.model.training
+        monkeypatch.setattr(policy, "score", lambda pack, *rest, whole=policy.score, **more: (
+            passed.append(pack.layout.tokens), whole(pack, *rest, **more))[1])
+        found = train.try_largest(policy, data, args)
+        assert found == pytest.approx(0.8 * 1024 * passed[0], abs=1)
+        assert all(p.grad is None for p in policy.lora_parameters()) and not policy.training
+        args.micro_tokens = 9999
+        assert train.try_largest(policy, data, args) == 9999
         assert all(torch.equal(p.cpu(), b) for p, b in zip(policy.lora_parameters(), before))
-    ((images, questions),) = asked
+    (images, questions), _ = asked
     cap = policy.processor.image_processor.size["longest_edge"]
     assert len(questions) == 3 and set(map(len, questions)) == {max(len(query.question) for query in data.queries)}
-    assert all(cap * .9 < image.width * image.height <= cap for image in images) and passed == [2]
+    assert all(cap * .9 < image.width * image.height <= cap for image in images)
+    assert passed[1] == pytest.approx(3 * passed[0], abs=6)
     policy = train.open_policy(train.parse_args(flags(home, "run", "cpu")), None)
     monkeypatch.setattr(policy, "prompts", lambda *_: pytest.fail("a CPU has no such limit"))
-    train.try_largest(policy, data, args)
+    args.micro_tokens = None
+    assert train.try_largest(policy, data, args) == 8192
 
 
 @pytest.mark.parametrize("owner, name, more", [(train, "backward", ()), (torch.optim.AdamW, "load_state_dict", ("--resume",))])
@@ -262,7 +271,7 @@ def test_card_without_room_says_what_helps(home, tmp_path, monkeypatch, owner, n
             (tmp_path / "run" / "finished").unlink()
         monkeypatch.setattr(owner, name, full)
         message = refused(*flags(home, tmp_path / "run", "cuda", *more))
-    assert "CUDA out of memory" in message and "What helps: --micro 1 and --checkpointing" in message
+    assert "CUDA out of memory" in message and "What helps: --checkpointing" in message
     assert "damaged" not in message and (more or {path.name for path in (tmp_path / "run").iterdir()} == {"lock"})
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"rewards", "rgrpo", "scorer", "policy"}
 STAGES = {"prepare", "train", "evaluate"}
 # Lines that a file may have at the most: what people come to read stays readable in one sitting.
-SIZES = {"rewards": 200, "rgrpo": 200, "train": 760, "evaluate": 680, "prepare": 1110, "policy": 940, "scorer": 880}
+SIZES = {"rewards": 200, "rgrpo": 230, "train": 840, "evaluate": 680, "prepare": 1110, "policy": 1115, "scorer": 880}
 RUN_TIME = {"torch", "transformers", "open_clip", "faiss", "PIL", "numpy",  # requirements.txt, by import name, and
             "torchvision", "safetensors", "tokenizers", "tqdm", "huggingface_hub"}  # what these bring along
 DEV = {"matplotlib", "pandas", "jinja2", "pyarrow", "peft", "trl", "wandb", "datasets"}  # of tools alone, where asked for
@@ -199,7 +199,7 @@ def test_files_are_short_and_narrow(file):
 def test_the_seven_are_all_there_is():
     """One file a stage or an idea. What only some users need is a small program in tools/."""
     assert {path.stem for path in ROOT.glob("*.py")} == LEAVES | STAGES
-    assert sum(len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in LEAVES | STAGES) <= 4720
+    assert sum(len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in LEAVES | STAGES) <= 4950
 
 
 def test_no_grab_bags():

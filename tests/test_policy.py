@@ -15,14 +15,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import policy as policy_module
+import rgrpo
 import tiny_policy
 from policy import (
     FULL_TEXT, REGION_TEXT, Action, Draft, Grammar, WindowAttention, adapter_base, load_policy, next_digits, parse,
-    to_original,
+    queries_a_row, to_original,
 )
 from tools import merge
 
@@ -425,6 +427,13 @@ def answers(policy, prompts, decode="grammar"):
     return [one.ids for group in groups for one in group], [one.action.p_region for group in groups for one in group]
 
 
+def answers_unkept(policy, *rest):
+    """The same where no prompt begins with what could be kept."""
+    opening, policy.opening = policy.opening, torch.tensor([-1])
+    found, policy.opening = answers(policy, *rest), opening
+    return found
+
+
 QUESTION_FIRST = (  # as mini/policy's template has it
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{{ m['content'][1]['text'] }}<|vision_start|><|image_pad|><|vision_end|>{% endif %}<|im_end|>\n{% endfor %}"
@@ -439,9 +448,8 @@ def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, atte
     if question_first:
         policy.processor.chat_template = QUESTION_FIRST
     prompts = with_lora(policy).prompts(images, QUESTIONS)
-    plain = answers(policy, prompts, decode)
+    plain = answers_unkept(policy, prompts, decode)
     seen = fed(monkeypatch, policy)
-    policy.keep_prefix = True
     first, passes = answers(policy, prompts, decode), list(seen)
     # The system's turn is read for one row, the rest for all; and it is not read again.
     before, starts = len(policy.opening), policy.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -456,8 +464,7 @@ def test_kept_prefix_changes_no_answer(folder, images, monkeypatch, decode, atte
     # Prompts of another system prompt are no rows of this prefix.
     other = load_policy(folder, system_prompt="Something else entirely, and longer?")
     mixed = [*other.prompts(images[:1], QUESTIONS[:1]), *prompts[:1]]
-    wanted, other.keep_prefix = answers(other, mixed), True
-    assert answers(other, mixed) == wanted
+    assert answers(other, mixed) == answers_unkept(other, mixed)
 
 
 def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
@@ -467,9 +474,7 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
     policy.save_adapter(tmp_path)
 
     def right():
-        found = []
-        for policy.keep_prefix in (False, True):
-            found.append(answers(policy, prompts)[1])
+        found = [kind(policy, prompts)[1] for kind in (answers_unkept, answers)]
         assert found[0] == pytest.approx(found[1], abs=1e-6)
         seen.append(found[1])
 
@@ -493,7 +498,6 @@ def test_kept_prefix_is_forgotten_with_its_weights(folder, images, tmp_path):
     with torch.inference_mode():  # tensors made here count no changes
         policy = load_policy(folder)
         policy.add_lora(4, 8)
-        policy.keep_prefix = True
         assert len(policy.act(images, QUESTIONS)) == 4
 
 
@@ -507,8 +511,11 @@ def gradients(policy, loss):
 
 @pytest.mark.parametrize("decode, limit, temperature", [
     ("grammar", 9, 1.0), ("grammar", 9, 0.7), ("free", 9, 0.7), ("free", 1, 1.0)])
-@pytest.mark.parametrize("targets, attention", [("all", "sdpa"), ("language", "eager")])
-def test_packed_equals_sampled_and_repeated(folder, images, decode, limit, temperature, targets, attention):
+@pytest.mark.parametrize("targets, attention, a_row", [
+    ("all", "sdpa", 1), ("language", "eager", 3), ("all", "sdpa", 4)])
+def test_packed_equals_sampled_and_repeated(folder, images, monkeypatch, decode, limit, temperature, targets, attention,
+                                            a_row):
+    monkeypatch.setattr(policy_module, "queries_a_row", lambda *_: a_row)
     policy = with_lora(load_policy(folder, system_prompt="Crop or not?", attention=attention), targets=targets)
     prompts = policy.prompts(images, QUESTIONS)
     plans = [PLAN, PLAN[:2], PLAN[2:], ["REGION"]]                              # groups of different size
@@ -521,6 +528,163 @@ def test_packed_equals_sampled_and_repeated(folder, images, decode, limit, tempe
     for a, b in zip(packed, gradients(policy, (plain * weights).sum())):
         assert b.abs().max() > 0 and (a - b).abs().max() / b.abs().max() < 1e-4
     assert all(p.grad is None for name, p in policy.model.named_parameters() if "lora_" not in name)
+
+
+IMAGE_FIRST = (  # nothing but the start of a turn is shared
+    "{% for m in messages if m['role'] == 'user' %}<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+    "{{ m['content'][1]['text'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("template", [IMAGE_FIRST, QUESTION_FIRST])
+@pytest.mark.parametrize("question", ["What?", None])
+def test_a_row_of_queries_wherever_the_image_stands(policy, images, monkeypatch, template, question):
+    """With one question for all (then everything before the image is shared) and with a question each."""
+    policy.processor.chat_template = template
+    prompts = with_lora(policy).prompts(images, [question] * 4 if question else QUESTIONS)
+    groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
+    plain = plain_score(policy, prompts, groups)
+    wanted = gradients(policy, plain.sum())
+    monkeypatch.setattr(policy_module, "queries_a_row", lambda *_: 4)
+    pack, = policy.pack(prompts, groups)
+    together = sum(len(prompt.ids) for prompt in prompts) + sum(
+        len({tuple(c.ids[:t]) for c in group for t in range(1, np.flatnonzero(c.free)[-1] + 1)}) for group in groups)
+    starts = policy.processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    before = next(i for i, column in enumerate(zip(*(prompt.ids.tolist() for prompt in prompts)))
+                  if len(set(column)) > 1 or column[0] == starts)
+    shared = before + (question is not None or template == IMAGE_FIRST)  # and the token that starts the image
+    assert before > 1 and pack.layout.tokens == together - 3 * shared
+    out = policy.score(pack)
+    torch.testing.assert_close(out["logp"][out["mask"]], plain, atol=1e-5, rtol=1e-5)
+    for a, b in zip(gradients(policy, out["logp"].sum()), wanted):
+        assert (a - b).abs().max() / b.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("budget, a_row", [(None, 2), (1, 2), (130, 1), (260, 1), (260, 2), (420, 2)])
+def test_passes_keep_their_budget_and_lose_nothing(policy, prompts, monkeypatch, budget, a_row):
+    monkeypatch.setattr(policy_module, "queries_a_row", lambda *_: a_row)
+    groups = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
+    whole = policy.log_probs(prompts, groups)["logp"]
+    packs = policy.pack(prompts, groups, [3, 0, 1], budget=budget)
+    assert [b for pack in packs for b in pack.queries] == [3, 0, 1]
+    assert len(packs) == {None: 1, 1: 3, 130: 3, 260: 2}.get(budget, len(packs))
+    for pack in packs:
+        assert budget is None or pack.layout.ids.numel() <= budget or len(pack.queries) == 1
+        for (b, n), row in zip(pack.owners, policy.score(pack)["logp"]):
+            wanted = whole[b * len(PLAN) + n]
+            assert torch.allclose(row, wanted[:len(row)], atol=1e-5) and not wanted[len(row):].any()
+
+
+def test_cheapest_row():
+    """The 3B: 420 tokens shared, 345 of its own, width 2048: sqrt(420 (420 + 4096)) / 345 = 3.99. A short system prompt
+    in a small model: sqrt(40 (40 + 320)) / 150 = .8."""
+    assert queries_a_row(420, 345, 2048) == 4 and queries_a_row(40, 150, 160) == 1 and queries_a_row(0, 150, 160) == 1
+
+
+# ---- what lies outside the grammar
+
+def plain_outside(policy, prompt, group):
+    """-log of the whole vocabulary's probability of what was fed or allowed, at every beginning of an answer once."""
+    found = {}
+    for one in group:
+        logits = plain_logits(policy.model, prompt, one.ids).log_softmax(-1)
+        for t, token in enumerate(one.ids):
+            allowed = list(one.allowed[t]) if one.free[t] else [token]
+            found[tuple(one.ids[:t])] = -logits[t, allowed].logsumexp(-1)
+    return torch.stack(list(found.values())).mean()
+
+
+@pytest.mark.parametrize("a_row", [1, 4])
+def test_outside_is_what_the_vocabulary_gives_to_other_answers(policy, prompts, monkeypatch, a_row):
+    monkeypatch.setattr(policy_module, "queries_a_row", lambda *_: a_row)
+    monkeypatch.setattr(policy_module, "in_slices", functools.partial(policy_module.in_slices, size=7))
+    groups = with_lora(policy).rollout(prompts, [PLAN, ["FULL"], ["REGION"], PLAN], seeds=[1, 2, 3, 4])
+    pack, = policy.pack(prompts, groups, hold=True)
+    plain = torch.stack([plain_outside(policy, *pair) for pair in zip(prompts, groups)])
+    out = policy.score(pack, hold=True)
+    torch.testing.assert_close(out["outside"], plain, atol=1e-5, rtol=1e-5)
+    assert plain.min() > 1  # a random model says anything
+    # The grammar's own log-probabilities stay what they were.
+    torch.testing.assert_close(out["logp"], policy.log_probs(prompts, groups)["logp"], atol=1e-5, rtol=1e-5)
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    wanted = gradients(policy, (plain * weights).sum())
+    for a, b in zip(gradients(policy, (policy.score(pack, hold=True)["outside"] * weights).sum()), wanted):
+        assert b.abs().max() > 0 and (a - b).abs().max() / b.abs().max() < 1e-4
+
+
+def test_options_are_the_distributions_of_the_choices(policy, prompts):
+    groups = with_lora(policy).rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4], temperature=0.7)
+    out = policy.score(policy.pack(prompts, groups)[0], 0.7)
+    flat = [(prompt, one) for prompt, group in zip(prompts, groups) for one in group]
+    for m, (prompt, one) in enumerate(flat):
+        logits = plain_logits(policy.model, prompt, one.ids) / 0.7
+        for t in range(len(one.ids)):
+            found = out["options"][m, t][out["options"][m, t] > -1e4]
+            wanted = logits[t, sorted(one.allowed[t])].log_softmax(-1) if one.free[t] else torch.zeros(0)
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.3])
+def test_kl_of_answers_is_that_of_enumeration(policy, prompts, beside):
+    """All ten answers of an image of 2 x 2 pixels: KL = sum over answers of pi (log pi - log ref), value and gradient.
+    The estimator is given each box as often as pi draws it; the decision is drawn in other ways than by pi."""
+    prompt = with_lora(policy, 1).prompts(noise([(40, 40)]), ["What?"])[0]
+    prompt.resized_size = (2, 2)
+    boxes = [(x1, y1, x2, y2) for x1, x2 in ((0, 1), (0, 2), (1, 2)) for y1, y2 in ((0, 1), (0, 2), (1, 2))]
+    group = [complete(policy, prompt, box) for box in (None, *boxes)]
+    pack, = policy.pack([prompt], [group])
+    with torch.no_grad(), policy.adapter(False):
+        reference = policy.score(pack)
+    out = policy.score(pack)
+    answers, before = out["logp"].sum(1), reference["logp"].sum(1)                      # [10] log pi(a | x)
+    assert answers.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    wanted = (answers.exp() * (answers - before)).sum()
+    gradient = gradients(policy, wanted)
+    out = policy.score(pack)
+    boxes = out["logp"].detach().masked_fill(out["decision"], 0).sum(1).exp()           # [10] pi(b | REGION); FULL: 1
+    weights = torch.where(torch.arange(10) > 0, boxes, 0.1 + beside)
+    found = rgrpo.answer_kl(out["logp"], out["options"], reference["options"], out["mask"], out["decision"],
+                            torch.zeros(10, dtype=torch.long), weights)
+    assert wanted.item() > 1e-3 and found.item() == pytest.approx(wanted.item(), rel=1e-4)
+    for a, b in zip(gradients(policy, found), gradient):
+        assert (a - b).abs().max() <= 1e-4 * max(1e-3, b.abs().max())
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute: views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_decoding_step_costs_little_more_with_lora(policy, prompts, monkeypatch):
+    """At most 1.2 times the bare model's operations, and the same tokens as by the layers one by one."""
+    forward, counts = policy.language_model.forward, []
+
+    def counted(*rest, **more):
+        with Kernels() as kernels:
+            out = forward(*rest, **more)
+        counts.append(kernels.count)
+        return out
+
+    policy.model.to(torch.bfloat16)
+    with_lora(policy)
+    monkeypatch.setattr(policy.language_model, "forward", counted)
+    groups = policy.rollout(prompts, [["REGION"]] * 4, sample=False)
+    lora = np.median(counts)
+    counts.clear()
+    with policy.adapter(False):
+        policy.rollout(prompts, [["REGION"]] * 4, sample=False)
+    assert lora / np.median(counts) <= 1.2
+    assert all(layer.shared is None for layer in policy.layers.values())
+    monkeypatch.setattr(policy, "_share", lambda: None)
+    slow = policy.rollout(prompts, [["REGION"]] * 4, sample=False)
+    assert [[c.ids for c in group] for group in slow] == [[c.ids for c in group] for group in groups]
 
 
 def test_log_probs_feeds_no_more_than_the_tree(policy, prompts, monkeypatch):
@@ -543,9 +707,10 @@ def test_gradient_checkpointing_and_dropout_only_in_training(policy, prompts):
     assert not torch.allclose(plain, dropped, atol=1e-3)
     # rollouts are made without dropout even now, and leave the mode alone
     again = policy.rollout(prompts, [PLAN] * 4, seeds=[1, 2, 3, 4])
-    assert lists(again) == lists(groups) and policy.model.training
+    assert lists(again) == lists(groups) and policy.training
     expected = gradients(policy, dropped.sum())
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
     torch.manual_seed(0)
     logp = policy.log_probs(prompts, groups)["logp"]
     assert torch.allclose(logp, dropped, atol=1e-5)

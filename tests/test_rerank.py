@@ -305,7 +305,7 @@ def test_models_as_they_were_trained(world, capsys, fakes):
     config["args"] |= {"policy_dtype": "bfloat16", "max_new_tokens": 5, "max_pixels": 784}
     write_json(world / "run" / "config.json", config)
     run(world, capsys, "--query", "q 0")
-    assert fakes.policy.max_new_tokens == 5 and fakes.policy.keep_prefix
+    assert fakes.policy.max_new_tokens == 5
     run(world, capsys, "--query", "q 0", "--policy-dtype", "float32")
     assert [(how["dtype"], how["max_pixels"]) for _, how in fakes.policies] == [("bfloat16", 784), ("float32", 784)]
     run(world, capsys, "--query", "q 0", "--scorer-dtype", "float16")

@@ -35,7 +35,7 @@ K, TRAIN, VAL = 4, 6, 3  # candidates, train queries, val queries
 ALWAYS = {"step", "reward", "full_rate", "region_rate", "malformed_rate", "p_region", "zero_advantage", "lr", "seconds",
           "memory_mb"}
 OF_FULL, OF_REGION = {"reward_full"}, {"reward_region", "d_mrr", "d_ndcg", "d_rank", "d_margin"}
-LEARNED = {"loss", "kl", "clip_fraction", "ratio_max", "logp_gap", "decision_entropy", "grad_norm"}
+LEARNED = {"loss", "kl", "outside", "clip_fraction", "ratio_max", "logp_gap", "decision_entropy", "grad_norm"}
 EVALUATED = {"val_mrr", "val_cond_r1", "val_crop_rate"}
 
 
@@ -95,13 +95,14 @@ def flags(home, run="run", *more):
     """Command line of a run of four steps of two queries; a later flag overrides."""
     return ["--data", f"{home}/data", "--policy", f"{home}/policy", "--scorer", f"{home}/scorer", "--device", "cpu",
             "--system-prompt", f"{home}/prompt.txt", "--run", str(run), "--queries", "2", "--group", "4",
-            "--steps", "4", "--micro", "2", "--save-every", "2", "--eval-every", "2", "--samples-every", "1",
+            "--steps", "4", "--micro-tokens", "200", "--save-every", "2", "--eval-every", "2", "--samples-every", "1",
             "--lr", "0.01", "--warmup", "1", *more]
 
 
 @pytest.fixture
 def settings(home):
-    return lambda *more: train.parse_args(flags(home, "run", *more))
+    """Arguments, without the term that holds the template: most tests are about the others."""
+    return lambda *more: train.parse_args(flags(home, "run", "--hold", "0", *more))
 
 
 class Counting:
@@ -155,6 +156,11 @@ def drawn(policy, data, args, rows=range(4), rewards=None):
     return prompts, groups, counts, train.judge(actions_of(groups), counts, totals, args)
 
 
+def room_for(queries, policy, prompts, groups):
+    """--micro-tokens for passes of so many queries."""
+    return queries * policy.pack(prompts, groups)[0].layout.ids.shape[1]
+
+
 def gradient(policy, prompts, groups, advantages, args, step=None):
     """(numbers that update logs, its un-clipped gradient as one vector); the weights stay."""
     optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(), step=step or (lambda: None))
@@ -173,10 +179,13 @@ def close(a, b, tolerance=1e-5):
     return float(b.abs().max()) > 1e-6 and float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-def slow_gradient(policy, prompts, groups, advantages, clip=0.2):
-    """The loss by its definition: every rollout alone, none left out, summed and divided at the end."""
+def slow_gradient(policy, prompts, groups, advantages, clip=0.2, hold=0.0, queries=1, left_out=()):
+    """The loss by its definition: every rollout alone, none left out, summed and divided at the end. hold: of what lies
+    outside the grammar, a mean over `queries`, but for queries that are left out."""
     decision, box, weight = advantages
     value, tokens = 0.0, 0.0
+    outside = sum(policy.score(policy.pack(prompts, groups, [b], hold=True)[0], hold=True)["outside"].sum()
+                  for b in range(len(groups)) if hold and b not in left_out)
     for b, group in enumerate(groups):
         for n, one in enumerate(group):
             out = policy.log_probs([prompts[b]], [[one]])
@@ -187,7 +196,7 @@ def slow_gradient(policy, prompts, groups, advantages, clip=0.2):
                     ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
                 tokens += float(weight[b, n])
     policy.model.zero_grad()
-    (value / tokens).backward()
+    (value / tokens + hold * outside / queries).backward()
     return flat_gradient(policy)
 
 
@@ -250,7 +259,7 @@ def test_epochs_are_steps(home, tmp_path, monkeypatch, more, wanted):
 def test_presets():
     paper, mini = train.parse_args(["--preset", "paper"]), train.parse_args([])
     # App. B; two of its numbers are defaults of either preset.
-    assert (paper.group, paper.lr, paper.warmup, paper.queries, paper.epochs, paper.steps) == (8, 5e-5, 50, 4, 2, None)
+    assert (paper.group, paper.lr, paper.warmup, paper.queries, paper.epochs, paper.steps) == (8, 5e-5, 50, 16, 2, None)
     assert (paper.rank, paper.alpha, paper.dropout, paper.targets) == (8, 32, 0.1, "all")
     assert (mini.max_prompt_tokens, mini.max_new_tokens, mini.reward_weights) == (8192, 256, [.2, .2, .2, .4])
     assert mini.steps > 0 and train.parse_args(["--epochs", "1"]).steps is None  # what was asked for wins
@@ -265,7 +274,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
 
 
 @pytest.mark.parametrize("more, complaint", [
-    (["--group", "1"], "--group: must be at least 2"), (["--micro", "0"], "--micro: must be at least 1"),
+    (["--group", "1"], "--group: must be at least 2"), (["--micro-tokens", "0"], "--micro-tokens: must be"),
     (["--samples-every", "-1"], "--samples-every: must be"), (["--val-queries", "0"], "--val-queries: must be"),
     (["--seed", "-1"], "--seed: must be"), (["--temperature", "0"], "--temperature: must be at least 1e-12"),
     (["--lr", "nan"], "--lr: must be"), (["--beta", "nan"], "--beta: must be"), (["--lr", "inf"], "--lr: must be"),
@@ -275,6 +284,8 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
     (["--reward-weights", "1", "2", "3"], "--reward-weights: expected 4"), (["--wandb"], "expected one argument"),
     (["--decision-weight", "pi", "--decode", "free"], "--decision-weight pi needs"),
     (["--decision-weight", "pi", "--advantage", "group"], "--decision-weight pi needs"),
+    (["--decision-weight", "pi", "--norm", "sequence"], "--decision-weight pi needs --norm token"),
+    (["--hold", "-1"], "--hold: must be"),
 ])
 def test_flags_that_make_no_sense(more, complaint, capsys):
     with pytest.raises(SystemExit):
@@ -437,29 +448,31 @@ def test_describe_says_nothing_about_what_did_not_happen():
 @pytest.mark.parametrize("beta", ["0", "0.3"])
 def test_micro_batches_change_nothing(home, data, settings, norm, beta):
     policy = new_policy(home, away=0.1, targets="all")
-    whole = settings("--norm", norm, "--beta", beta, "--micro", "4", "--balance", "resample")
+    whole = settings("--norm", norm, "--beta", beta, "--micro-tokens", "9999", "--balance", "resample", "--hold", "1")
     prompts, groups, _, advantages = drawn(policy, data, whole)
     numbers, wanted = gradient(policy, prompts, groups, advantages, whole)
     for micro in (1, 3):
-        whole.micro = micro
+        whole.micro_tokens = room_for(micro, policy, prompts, groups)
         parts, found = gradient(policy, prompts, groups, advantages, whole)
         assert close(found, wanted)
         # abs: at the first inner step the loss is 0 up to rounding (advantages of a group add up to 0).
         assert parts == pytest.approx(numbers, rel=1e-4, abs=2e-5)
 
 
-@pytest.mark.parametrize("mode", ["factored", "group"])
-def test_gradient_equals_the_definition_and_idle_groups_cost_nothing(home, data, settings, monkeypatch, mode):
-    policy, args, passed = new_policy(home, away=0.1), settings("--advantage", mode), []
+@pytest.mark.parametrize("mode, hold", [("factored", 0), ("group", 0), ("factored", 0.5)])
+def test_gradient_equals_the_definition_and_idle_groups_cost_nothing(home, data, settings, monkeypatch, mode, hold):
+    policy, args, passed = new_policy(home, away=0.1), settings("--advantage", mode, "--hold", str(hold)), []
     # Queries 1 and 3 earn the same whatever they do.
     prompts, groups, _, advantages = drawn(policy, data, args, rewards=lambda b, n: b % 2 or math.sin(b + 5 * n))
-    wanted = slow_gradient(policy, prompts, groups, advantages)
-    monkeypatch.setattr(policy, "log_probs", lambda prompts, *rest, log_probs=policy.log_probs, **more:
-                        passed.append(len(prompts)) or log_probs(prompts, *rest, **more))
+    wanted = slow_gradient(policy, prompts, groups, advantages, hold=hold, queries=args.queries, left_out=(1, 3))
+    monkeypatch.setattr(policy, "score", lambda pack, *rest, score=policy.score, **more:
+                        passed.append(pack.queries) or score(pack, *rest, **more))
+    args.micro_tokens = 9999
     numbers, found = gradient(policy, prompts, groups, advantages, args)
     assert close(found, wanted, 2e-5)
-    assert passed == [2] and numbers["zero_advantage"] == 0.5
+    assert passed == [[0, 2]] and numbers["zero_advantage"] == 0.5
     assert numbers["grad_norm"] == pytest.approx(float(wanted.norm()), rel=1e-4)
+    assert ("outside" in numbers) == (hold > 0)
     assert numbers["logp_gap"] < 1e-4  # sampling and scoring agree
 
 
@@ -489,6 +502,7 @@ def test_a_weighted_full_answer_equals_as_many_rollouts(home, data, settings):
 def test_the_first_inner_step_has_ratio_1_and_the_second_moves(home, data, settings, dropout):
     policy, args = new_policy(home, dropout), settings("--inner-steps", "1", "--lr", "0.02")
     prompts, groups, _, advantages = drawn(policy, data, args)
+    args.micro_tokens = room_for(2, policy, prompts, groups)
     torch.manual_seed(0)
     numbers, _ = gradient(policy, prompts, groups, advantages, args)
     assert numbers["ratio_max"] == 1.0 and numbers["clip_fraction"] == 0.0
@@ -526,43 +540,54 @@ def test_dropout_is_on_in_the_update_and_off_in_everything_else(home, data, sett
     prompts, groups, _, advantages = drawn(policy, data, args)
     first, second = (gradient(policy, prompts, groups, advantages, args)[1] for _ in range(2))
     assert not close(first, second, 0.01)
-    assert not policy.model.training
+    assert not policy.training
     assert [c.ids for c in drawn(policy, data, args)[1][0]] == [c.ids for c in groups[0]]
 
 
-def test_kl_is_to_the_policy_without_adapter(home, data, settings):
-    policy, args = new_policy(home, away=0.1), settings("--beta", "0")
+@pytest.mark.parametrize("decode", ["grammar", "free"])
+def test_kl_is_to_the_policy_without_adapter(home, data, settings, decode):
+    """Under the grammar whole answers' (rgrpo.answer_kl, tested against enumeration), a mean over the step's queries;
+    in free decoding k3, a mean over tokens."""
+    policy, args = new_policy(home, away=0.1), settings("--beta", "0", "--queries", "4", "--decode", decode,
+                                                        "--max-new-tokens", "6", "--micro-tokens", "9999")
     prompts, groups, _, advantages = drawn(policy, data, args)
     without, _ = gradient(policy, prompts, groups, advantages, args)
     base = load_policy(str(home / "policy"), system_prompt="Crop or not?", attention="eager")
     with torch.no_grad():
         ours, theirs = (p.log_probs(prompts, groups) for p in (policy, base))
-    difference = theirs["logp"] - ours["logp"]  # [M, T]
-    k3 = (difference.exp() - difference - 1)[ours["mask"]]
-    weight = (advantages[2].flatten()[:, None] * ours["mask"])[ours["mask"]]
-    kl = float((weight * k3).sum() / weight.sum())
+    if decode == "grammar":
+        owner, weight = torch.arange(4).repeat_interleave(3), advantages[2].flatten()
+        kl = rgrpo.answer_kl(ours["logp"], ours["options"], theirs["options"], ours["mask"], ours["decision"], owner,
+                             weight).item() / 4
+    else:
+        difference = theirs["logp"] - ours["logp"]  # [M, T]
+        k3 = (difference.exp() - difference - 1)[ours["mask"]]
+        kl = float(k3.mean())
     args.beta = 0.5
     log, pulled = gradient(policy, prompts, groups, advantages, args)
     assert kl > 0.01 and log["kl"] == pytest.approx(kl, rel=1e-4)
-    assert log["loss"] == pytest.approx(without["loss"] + 0.5 * kl, rel=1e-4)
+    if decode == "free":
+        assert log["loss"] == pytest.approx(without["loss"] + 0.5 * kl, rel=1e-4)
     # With no advantage anywhere, the KL term alone works on the weights: no group is idle then.
     nothing = tuple(torch.zeros_like(table) for table in advantages[:2]) + advantages[2:]
     numbers, found = gradient(policy, prompts, groups, nothing, args)
-    assert numbers["zero_advantage"] == 1.0 and numbers["loss"] == pytest.approx(0.5 * kl, rel=1e-4)
+    assert numbers["zero_advantage"] == 1.0 and numbers["kl"] == pytest.approx(kl, rel=1e-4)
     assert float(found.norm()) > 1e-4 and not close(found, pulled, 0.01)
+    args.beta = 0.25
+    assert close(gradient(policy, prompts, groups, nothing, args)[1], found / 2)
 
 
 def test_a_loss_that_is_not_finite_names_the_query(home, data, settings, monkeypatch):
-    policy, args = new_policy(home), settings("--micro", "4")
+    policy, args = new_policy(home), settings("--micro-tokens", "9999")
     prompts, groups, _, advantages = drawn(policy, data, args)
 
-    def broken(*arguments, log_probs=policy.log_probs, **more):
-        out = log_probs(*arguments, **more)
+    def broken(*arguments, score=policy.score, **more):
+        out = score(*arguments, **more)
         m = next(m for m in range(3, 6) if out["mask"][m].any())  # 3 answers a query: rollouts 3 .. 5 are query 1's
         t = int(out["mask"][m].int().argmax())
         return {**out, "logp": out["logp"].index_put((torch.tensor(m), torch.tensor(t)), torch.tensor(math.nan))}
 
-    monkeypatch.setattr(policy, "log_probs", broken)
+    monkeypatch.setattr(policy, "score", broken)
     with pytest.raises(FloatingPointError, match=r"loss is nan.*queries \['q1'\]"):
         gradient(policy, prompts, groups, advantages, args)
 
@@ -617,8 +642,8 @@ def test_policy_in_bfloat16(home, tmp_path):
     assert policy.model.dtype == torch.bfloat16 and {p.dtype for p in policy.lora_parameters()} == {torch.float32}
     train.main(arguments)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(log) == 4 and all(math.isfinite(line["loss"]) and line["logp_gap"] < .1 for line in log)
-    assert any(line["grad_norm"] > 0 for line in log)
+    assert len(log) == 5 and all(math.isfinite(line["loss"]) and line["logp_gap"] < .1 for line in log[1:])
+    assert any(line["grad_norm"] > 0 for line in log[1:])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["policy_dtype"] == "bfloat16"
 
 
@@ -652,14 +677,17 @@ def test_validate_equals_one_query_at_a_time(home, scorer, settings, monkeypatch
     val = load_data(str(home / "data"), "val")
     found = train.validate(policy, scorer, val, args)
     ranks, crops = [], 0
-    for row in range(2):
+    rows = sorted(np.random.default_rng(0).permutation(VAL)[:2].tolist())
+    assert rows != [0, 1]  # not the first ones
+    for row in rows:
         (action,) = policy.act([val.open_image(row)], [val.queries[row].question])
         crops += action.decision == "REGION"
         view = scorer.image_features([crop(val.open_image(row), action.box)])[0] if action.box else val.full[row]
         scores = val.candidates(row) @ view.astype(np.float32)
-        ranks.append(1 + int((scores > scores[np.argmax(val.labels[row])]).sum()))
+        positive = val.labels[row].any()  # a miss counts 0 in MRR, and is left out of CondR
+        ranks.append(1 + int((scores > scores[np.argmax(val.labels[row])]).sum()) if positive else math.inf)
     assert found == {"val_mrr": pytest.approx(np.mean([1 / rank for rank in ranks])), "val_crop_rate": crops / 2,
-                     "val_cond_r1": pytest.approx(np.mean([rank == 1 for rank in ranks]))}
+                     "val_cond_r1": pytest.approx(np.mean([rank == 1 for rank in ranks if rank < math.inf]))}
     # Evaluated as trained: free text stays free text. And more val queries than there are is all of them.
     monkeypatch.setattr(policy, "act", lambda images, questions, decode, batch_size:
                         asked.append((len(images), decode)) or [acted("FULL")] * len(images))
@@ -715,10 +743,10 @@ def test_answers_are_as_long_as_the_run_allows_wherever_they_are_asked_for(home,
 
 def test_a_run_leaves_what_it_promises(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert {"args", "pools", "policy", "scorer", "data", "system_prompt"} == set(config)
+    assert {"args", "pools", "policy", "scorer", "data", "system_prompt", "micro_tokens"} == set(config)
     assert config["args"]["steps"] == 4 and config["args"]["max_prompt_tokens"] == 8192
     assert {path.name for path in finished.iterdir()} == {"config.json", "log.jsonl", "samples.jsonl", "state.pt",
-                                                          "adapter", "finished", "lock"}
+                                                          "adapter", "adapter_best", "finished", "lock"}
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3  # FULL once, REGION twice
     assert {"query_id", "question", "text", "decision", "box", "p_region", "forced", "reward", "decision_advantage",
@@ -727,7 +755,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_log_has_the_documented_fields_and_no_other(finished):
     log = read_log(finished)
-    assert [line["step"] for line in log] == [0, 1, 2, 3]
+    assert [line["step"] for line in log] == [-1, 0, 1, 2, 3] and set(log.pop(0)) == {"step"} | EVALUATED
     assert [set(line) for line in log] == [
         ALWAYS | OF_FULL | OF_REGION | LEARNED | (EVALUATED if step in (1, 3) else set()) for step in range(4)]
     assert all(math.isfinite(value) for line in log for value in line.values())
@@ -747,7 +775,7 @@ def test_resumed_run_equals_an_unbroken_one(home, finished, tmp_path, monkeypatc
     monkeypatch.setattr(train, "train_step", killed)
     with pytest.raises(SystemExit):
         train.main(flags(home, run, *DROPOUT))
-    assert len(read_log(run)) == 3 and not (run / "finished").exists()  # steps 0 and 1 are in state.pt, step 2 is lost
+    assert len(read_log(run)) == 4 and not (run / "finished").exists()  # steps 0 and 1 are in state.pt, step 2 is lost
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 3, "reward": 0.5}'[:17])
     monkeypatch.setattr(train, "train_step", whole)
@@ -755,6 +783,34 @@ def test_resumed_run_equals_an_unbroken_one(home, finished, tmp_path, monkeypatc
     assert untimed(run) == untimed(finished)
     assert (run / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
     assert weights(run) == weights(finished)
+    assert (run / "adapter_best" / Path(ADAPTER).name).read_bytes() == (
+        finished / "adapter_best" / Path(ADAPTER).name).read_bytes()
+
+
+def test_a_finished_run_goes_on_with_more_steps(home, tmp_path, capsys):
+    """In a run without decay of the learning rate's kind it is the longer run; and evaluations may come more often."""
+    run, steady = tmp_path / "run", ("--lr", "0.01", "--warmup", "100", "--hold", "0.5")
+    train.main(flags(home, run, *steady, "--steps", "2", "--eval-every", "0"))
+    train.main(flags(home, run, *steady, "--steps", "4", "--eval-every", "1", "--save-every", "1", "--resume"))
+    assert "steps 2 to 4" in capsys.readouterr().out and (run / "finished").read_text() == "4 steps\n"
+    train.main(flags(home, tmp_path / "whole", *steady, "--eval-every", "0"))
+    assert weights(run) == weights(tmp_path / "whole")
+    assert [(line["step"], "val_mrr" in line) for line in read_log(run)] == [
+        (0, False), (1, False), (2, True), (3, True)]
+    assert (run / "adapter_best").is_dir() and json.loads((run / "config.json").read_text())["args"]["steps"] == 4
+
+
+@pytest.mark.parametrize("mrr, best", [((.5, .6, .4), 1), ((.7, .6, .4), -1), ((.5, .6, .6), 1), ((.1, .2, .3), 3)])
+def test_best_adapter_is_that_of_the_best_evaluation(home, tmp_path, monkeypatch, mrr, best):
+    """Evaluated before step 0, after step 1 and after step 3; the first of equal ones stays."""
+    values, saved = iter(mrr), {}
+    monkeypatch.setattr(train, "validate", lambda policy, *_: saved.update(
+        {len(saved): {name: layer.lora_B.detach().clone() for name, layer in policy.layers.items()}})
+        or {"val_mrr": next(values)})
+    train.main(flags(home, tmp_path / "run"))
+    policy = load_policy(str(home / "policy"), str(tmp_path / "run" / "adapter_best"))
+    wanted = saved[{-1: 0, 1: 1, 3: 2}[best]]
+    assert wanted and all(torch.equal(policy.layers[name].lora_B, b) for name, b in wanted.items())
 
 
 def test_another_seed_gives_other_numbers_and_the_same_seed_the_same(home, data, scorer, settings):
@@ -812,7 +868,7 @@ def test_run_with_a_state_needs_resume_and_its_own_settings(home, finished, tmp_
     monkeypatch.setattr(train, "open_policy", lambda *_: pytest.fail("came through"))
     with pytest.raises(pytest.fail.Exception, match="came through"):
         train.main(flags(home, run, *DROPOUT, *other, "--save-every", "1", "--max-prompt-tokens", "9000",
-                         "--checkpointing"))
+                         "--checkpointing", "--eval-every", "1", "--steps", "9"))
     config = json.loads((run / "config.json").read_text())
     write_json(run / "config.json", {**config, "pools": "of other data"})
     assert "other values of pools (the data) than" in refused(*flags(home, run, *DROPOUT, "--resume"))
@@ -871,7 +927,7 @@ def torchrun(processes, command):
 
 def test_two_processes_equal_one(home, tmp_path):
     """Three queries a step, so the shares are 2 and 1; process 1 also goes idle now and then."""
-    more = ("--queries", "3", "--micro", "2", "--lr", "0.001", "--beta", "0.05", "--inner-steps", "2",
+    more = ("--queries", "3", "--lr", "0.001", "--beta", "0.05", "--inner-steps", "2",
             "--decision-weight", "pi", "--targets", "all")
     train.main(flags(home, tmp_path / "one", *more))
     done = torchrun(2, flags(home, tmp_path / "two", *more))
@@ -912,7 +968,7 @@ def test_one_process_that_fails_stops_all(home, tmp_path):
     assert forked(2, flags(home, tmp_path / "run", "--data", str(tmp_path / "data")), tmp_path) == [1, 1]
     first, other = [(tmp_path / f"{rank}.err").read_text() for rank in range(2)]
     assert f"train{second}.png" in other and "needed by" in other and "Traceback" not in other and first
-    assert not (tmp_path / "run/adapter").exists() and not (tmp_path / "run/log.jsonl").exists()
+    assert not (tmp_path / "run/adapter").exists() and [line["step"] for line in read_log(tmp_path / "run")] == [-1]
 
 
 def test_processes_that_cannot_share(home, tmp_path, monkeypatch):

@@ -529,12 +529,11 @@ def case_step(args, meter):
 def case_act(args, meter):
     """Inference of batches of each size, from PIL images on; the adapter counts as merged, so there is no LoRA.
 
-    What all prompts begin with is kept, as evaluate.py and tools/rerank.py have it (`Policy.keep_prefix`). In turns, so
+    What all prompts begin with is kept, as in every rollout (`Policy.opening`). In turns, so
     that all see the same machine: FULL, which is the prefill alone, a whole REGION answer by the grammar,
     and free decoding of an answer of that length (REGION is forced, and free decoding never ends early).
     """
     policy = build_policy(args, lora=False)
-    policy.keep_prefix = True
     images, questions = build_inputs(args, max(args.batches))
     # The likeliest boxes of random weights may have short numbers: free decoding writes as many tokens as the grammar.
     first = policy.prompts(images[:1], questions[:1])

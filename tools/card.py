@@ -22,7 +22,7 @@ COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1 %", "R@5": "R@5 %", "CondR@
 # Arguments that say how a run was trained; the rest is where and how fast.
 METHOD = ("policy_dtype", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight",
           "std", "decode", "temperature", "reward", "reward_weights", "eta", "encouragement", "encouragement_steps",
-          "clip", "beta", "norm", "rank", "alpha", "dropout", "targets", "queries", "group", "inner_steps", "steps",
+          "clip", "beta", "hold", "norm", "rank", "alpha", "dropout", "targets", "queries", "group", "inner_steps", "steps",
           "epochs", "lr", "warmup", "seed")
 
 
@@ -83,13 +83,16 @@ def use(config):
     more = f", max_pixels={args['max_pixels']}" if args.get("max_pixels") else ""
     if args.get("policy_dtype"):
         more += f", dtype={json.dumps(args['policy_dtype'])}"
+    alone = args["decode"] == "free" or args.get("hold", 0) > 0  # runs of before had no --hold
     return [
         "```python", "from policy import load_policy",
         f"policy = load_policy({json.dumps(config['policy'])}, adapter=\"THIS FOLDER\"{more}, system_prompt=PROMPT)",
         'action = policy.act([image], ["Where does this beetle live?"])[0]   # FULL, or REGION with a box in pixels',
         "```", "",
         "Or `peft.PeftModel.from_pretrained(base, \"THIS FOLDER\")`, or vLLM with LoRA, or merged into the base model "
-        "by `python -m tools.merge`. The answer is `{\"Decision\": \"FULL\"}`, or REGION with a `bbox_2d` in pixels of "
+        "by `python -m tools.merge`. " + ("Its answers keep their form without this project's grammar." if alone else
+        "Trained with `--hold 0`: outside this project's grammar (`decode=\"grammar\"`) its answers cannot be read.")
+        + " The answer is `{\"Decision\": \"FULL\"}`, or REGION with a `bbox_2d` in pixels of "
         "the resized image that the model was given: `policy.parse` maps it to the original. Use the system prompt of "
         "the training run, to the letter:",
         # Indented and not fenced: whatever the text holds, it cannot end the block.

@@ -306,7 +306,6 @@ class Models:
             self.policy = load_policy(name, device=device, **given)
         except ValueError as error:  # of the user's model folder
             raise InputError(str(error)) from error
-        self.policy.keep_prefix = True
         self.policy.max_new_tokens = trained.get("max_new_tokens", self.policy.max_new_tokens)
         self.settings = {"policy": name, **given, "data": self.folder, "k": args.k, "decode": self.decode,
                          "threshold": self.threshold,
