@@ -142,13 +142,14 @@ $(TRAINED): $(POOLS) | $(READY)
 	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) --run runs/$(RUN) \
 	    --seed $(SEED) $(if $(wildcard runs/$(RUN)/state.pt),--resume) $(TRAIN_FLAGS)
 
-# metrics.json is evaluate.py's last file. Tables 6, 7 and 8 are made from its rows, without a policy.
+# metrics.json is evaluate.py's last file. Tables 6, 7, 8 and TREC runs are made from its rows, without a policy.
 $(TABLES): $(TRAINED) | $(READY)
 	$(PY) evaluate.py --data data/$(DATASET) --run runs/$(RUN) --split test $(EVAL_FLAGS)
 
 $(RETRIEVED): $(TABLES)
 	$(PY) -m tools.rescore --data data/$(DATASET) --run runs/$(RUN) --split test $(RESCORE_FLAGS)
 	$(PY) -m tools.crop_quality --data data/$(DATASET) --run runs/$(RUN) --split test $(QUALITY_FLAGS)
+	$(PY) -m tools.trec --data data/$(DATASET) --run runs/$(RUN) --split test
 	$(PY) -m tools.retrieve --data data/$(DATASET) --run runs/$(RUN) --split test
 
 # One pattern for all of Table 5: runs/ablation/<reading>-seed<k>. The two words of the stem name flags and seed.

@@ -19,13 +19,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import pytrec_eval
 import torch
 from PIL import Image
 
 import evaluate
 from policy import Action
-from rewards import metrics, summary
+from rewards import metrics
 from scorer import InputError, Query, load_data, read_json, write_array, write_json, write_split
 from scorer import crop as cut
 from scorer import scores as cosine
@@ -201,11 +200,6 @@ def test_numbers_by_hand(world):
     assert always["table4"]["rank=1"]["hurt"] == 1
     # IoU of the cropped boxes that have a truth: q0 1, q3 (left for right) 0; always also q1 with 1.
     assert policy["mean_iou"] == 1 / 2 and always["mean_iou"] == pytest.approx(2 / 3) and full["mean_iou"] is None
-    assert always["kinds"]["landmark"] == {"n": 1, "CondR@1": 0, "crop_rate": 1, "help": 0, "hurt": 1, "mean_iou": 1}
-    assert policy["kinds"]["species"]["CondR@1"] == 1 / 2
-    # The true box: fixes both species, spoils the landmark.
-    kinds = result["truth_box"]["kinds"]
-    assert kinds["species"]["help"] == 1 and kinds["landmark"]["hurt"] == 1
     assert (result["K"], result["queries"], result["with_positive"]) == (4, 4, 3)
     assert (result["seed"], result["training_seed"], result["decode"]) == (0, 5, "grammar")
 
@@ -274,12 +268,9 @@ def test_printed_tables(world, capsys):
             "policy              0.47    0.48    44.7    48.2    49.9    50.8 |     0.90     0.95     0.98  |",
             "policy              0.71    0.73    66.5    78.2    80.2    81.7 |     0.81     0.96     0.98  |",
             f"Table 4         {'original rank=1, n = 1':^44}{'original rank>1, n = 2':^44}",
-            "policy                  0.0        0.0        0.0      100.0      100.0       50.0        0.0       50.0",
-            f"by kind         {'landmark, n = 1':^46}{'species, n = 2':^46}",
-            "always              0.000    100.0     1.00      0.0    100.0    0.500    100.0     0.50     50.0      0.0"
+            "policy                  0.0        0.0        0.0      100.0      100.0       50.0        0.0       50.0"
     ):
         assert line in lines
-    assert any(line.startswith("truth               0.000    100.0") for line in lines)
 
 
 def test_same_numbers_twice_and_for_every_batch_size(world):
@@ -293,32 +284,17 @@ def test_same_numbers_twice_and_for_every_batch_size(world):
     assert run_main(arguments, "--limit", "1")["with_positive"] == 1
 
 
-def test_trec_eval_gives_our_numbers(world, tmp_path):
-    """trec_eval's own code, on our files, gives our numbers: also with ties, which it would break by name."""
-    arguments, _ = world
-    result = run_main(arguments, "--run-file", f"their={their_run(tmp_path)}")
-    with open(f"{arguments[3]}/eval/test.qrels") as file:
-        evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(file), {"recip_rank", "ndcg", "recall.1,5"})
-    assert list(result["methods"]) == [*ALL, "their"]
-    for name, ours in result["methods"].items():
-        with open(f"{arguments[3]}/eval/test.{name}.trec") as file:
-            found = evaluator.evaluate(pytrec_eval.parse_run(file))
-        assert len(found) == 4
-        for key, theirs in (("MRR", "recip_rank"), ("NDCG", "ndcg"), ("R@1", "recall_1"), ("R@5", "recall_5")):
-            assert np.mean([row[theirs] for row in found.values()]) == pytest.approx(ours[key]), (name, key)
-
-
 def test_metrics_come_last(world, monkeypatch):
     """A run that dies while writing leaves no metrics.json, not even the one of the run before it; and no answer that a
     model gave is asked for again."""
     arguments, loaded = world
     whole = run_main(arguments)
-    write, passes = evaluate.write_trec, loaded.policy.passes
-    monkeypatch.setattr(evaluate, "write_trec", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    write, passes = evaluate.write_rows, loaded.policy.passes
+    monkeypatch.setattr(evaluate, "write_rows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):  # no matter of input: it keeps its traceback
         run_main(arguments)
     assert not Path(f"{arguments[3]}/eval/metrics.json").exists() and loaded.policy.passes == 2 * passes
-    monkeypatch.setattr(evaluate, "write_trec", write)
+    monkeypatch.setattr(evaluate, "write_rows", write)
     assert run_main(arguments) == whole and loaded.policy.passes == 2 * passes
     assert not Path(f"{arguments[3]}/eval/test.actions.part").exists()
 
@@ -361,7 +337,7 @@ def test_decoding_and_dtypes_are_those_of_run_and_data(world, tmp_path):
         "decode": "free", "policy_dtype": "bfloat16", "max_new_tokens": 7}})
     result = run_main(arguments, "--methods", "policy")
     assert (result["decode"], result["policy_dtype"], loaded.dtypes) == ("free", "bfloat16", ["float32", "bfloat16"])
-    assert loaded.policy.max_new_tokens == 7 and loaded.policy.keep_prefix
+    assert loaded.policy.max_new_tokens == 7
     result = run_main(arguments, "--methods", "policy", "--policy-dtype", "float32", "--decode", "grammar")
     assert (result["decode"], result["policy_dtype"], loaded.dtypes[2:]) == ("grammar", "float32", ["float32"] * 2)
 
@@ -432,9 +408,7 @@ def test_no_truth_no_oracle(world, tmp_path, capsys):
     (tmp_path / "raw" / "truth.jsonl").unlink()
     result = run_main(arguments)
     assert list(result["methods"]) == [*ALL[:-1]] and result["gap_closed"] is None
-    assert "truth_box" not in result and "kinds" not in result["methods"]["full"]
-    printed = capsys.readouterr().out
-    assert "no oracle row" in printed and "by kind" not in printed.replace("no table by kind", "")
+    assert "no oracle row" in capsys.readouterr().out
     assert "oracle needs truth.jsonl" in refused(arguments, "--methods", "oracle")
 
 
@@ -459,8 +433,7 @@ def test_truth_of_an_image_that_two_queries_share(world):
 
 @pytest.mark.parametrize("wrong", [
     ["--methods", "policy,magic"], ["--center-fraction", "0"], ["--center-fraction", "1.1"], ["--batch-size", "0"],
-    ["--limit", "-1"], ["--threshold", "1.1"], ["--run-file", "x"], ["--run-file", "a/b=c"], ["--run-file", "policy=c"],
-    ["--run-file", "truth=c"], ["--run-file", "a@b=c"], ["--run-file", "a=b", "--run-file", "a=c"]])
+    ["--limit", "-1"], ["--threshold", "1.1"], ["--methods", "zeroshot2"]])
 def test_wrong_flags(wrong):
     with pytest.raises(SystemExit) as error:
         evaluate.parse_args(wrong)
@@ -486,52 +459,6 @@ def test_second_evaluation_of_a_folder_is_refused(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_main(arguments, "--methods", "policy")
     run_main(arguments, "--methods", "policy")  # free again, also after a death
-
-
-# -------------------------------------------------------------------------------------- rankings by other programs
-
-def their_run(folder, ranked={"q0": [1, 0, 2, 3], "q1": [3, 1], "q3": [2, 9, 0]}):
-    """A TREC run from {query: pool entities, best first}; 9 is outside of every pool. Lines from last to first."""
-    path = folder / "their.trec"
-    path.write_text("".join(f"{query} Q0 https://w/entity%20{j} {rank} {9 - rank}.5 them\n"
-                            for query, js in ranked.items() for rank, j in reversed(list(enumerate(js, 1)))))
-    return path
-
-
-def test_run_file_by_hand(world, tmp_path, capsys):
-    """q0: red first, rank 1. q1: green, red, then the missing purple (positive), blue: rank 3. q2: not in the file, and
-    no positive anyway: 5. q3: blue (positive) first; entity 9 is passed over."""
-    arguments, _ = world
-    result = run_main(arguments, "--run-file", f"Their-1={their_run(tmp_path)}", "--methods", "full")
-    assert ranks(arguments, "Their-1") == [1, 3, 5, 1]
-    counts = {"file": "their.trec", "queries": 3, "queries_missing": 1, "candidates_missing": 2 + 2, "outside_pool": 1,
-              "queries_unknown": 0}
-    assert result["external"] == {"Their-1": counts}
-    row = rows_of(arguments, "Their-1")[1]
-    assert row["decision"] == "FULL" and row["margin"] is None and row["full_margin"] is not None
-    assert row["scores"] == [0, 3, 0, 4] and result["methods"]["Their-1"]["crop_rate"] == 0
-    assert row["seconds"] is None and row["kind"] == "landmark" and list(row) == FIELDS
-    assert ("Their-1: 3 queries from their.trec; not matched: queries missing 1, candidates missing 4, outside pool 1, "
-            "queries unknown 0") in capsys.readouterr().out
-
-
-def test_ids_verbatim_or_quoted(tmp_path):
-    data = SimpleNamespace(queries=[Query("a b", "", "", []), Query("c", "", "", [])], pool=np.array([[0, 1], [1, 0]]))
-    path = tmp_path / "r"
-    path.write_text("a%20b Q0 u%20v 1 9 t\na%20b Q0 w 2 8 t\na%20b Q0 u%20v 3 7 t\nx Q0 w 1 9 t\nc Q0 é 1 9 t\n")
-    found, counts = evaluate.match_run(data, str(path), {0: "é", 1: "u v"})
-    assert found.tolist() == [[0, 2], [0, 2]]
-    assert counts == {"file": "r", "queries": 2, "queries_missing": 0, "candidates_missing": 2, "outside_pool": 1,
-                      "queries_unknown": 1}
-
-
-def test_run_files_that_are_none(world, tmp_path):
-    assert "their.trec" in refused(world[0], "--run-file", f"their={tmp_path}/their.trec")
-    (tmp_path / "their.trec").write_text("q0 Q0 e 1 .5\n")
-    assert "their.trec:1: expected `query Q0" in refused(world[0], "--run-file", f"their={tmp_path}/their.trec")
-    path = their_run(tmp_path, {"x7": [1]})
-    message = refused(world[0], "--run-file", f"their={path}")
-    assert "none of its 1 queries ('x7' ...)" in message and "ids are like 'q0'" in message
 
 
 # ------------------------------------------------------------------------------------------------- resuming, images
@@ -607,7 +534,7 @@ def test_unreadable_image_keeps_its_row(world, tmp_path, how, capsys):
 
 # -------------------------------------------------------------------------------------------------------------- pieces
 
-def test_score_actions_against_the_plain_way(tmp_path):
+def test_views_against_the_plain_way(tmp_path):
     """Batches, shared views and skipped encodes against a loop that does everything for every query and method."""
     data, scorer = load_data(build(tmp_path)[1], "test"), ColourScorer()
     rng = np.random.default_rng(0)
@@ -619,15 +546,15 @@ def test_score_actions_against_the_plain_way(tmp_path):
                 Action("REGION", LEFT, None, "")][rng.integers(4)]
 
     actions = {name: [draw() for _ in range(4)] for name in "abcdef"}
-    found, seconds = evaluate.score_actions(data, scorer, actions, batch_size=3)
+    seen, seconds = evaluate.score_views(data, scorer, actions, batch_size=3)
     views = {(i, a.box) for listed in actions.values() for i, a in enumerate(listed) if a.decision == "REGION"}
     assert seconds.keys() == views and scorer.encoded == len(views)
-    for name, listed in actions.items():
-        for i, action in enumerate(listed):
+    for listed in actions.values():
+        for i, (action, found) in enumerate(zip(listed, evaluate.view_scores(listed, seen), strict=True)):
             view = data.full[i]
             if action.decision == "REGION":
                 view = scorer.image_features([cut(data.open_image(i), action.box)])[0]
-            np.testing.assert_allclose(found[name][i], cosine(np.float32(view), data.candidates(i)), atol=1e-6)
+            np.testing.assert_allclose(found, cosine(np.float32(view), data.candidates(i)), atol=1e-6)
 
 
 def test_oracle_takes_rank_then_margin():
@@ -638,9 +565,9 @@ def test_oracle_takes_rank_then_margin():
                       [.9, .5, .1],   # rank 1 both, margin .1 -> .4: better
                       [.6, .5, .2],   # the same: the full image stays
                       [.9, .2, .1]])  # no positive: nothing can be better
-    chosen, scores = evaluate.oracle_of(full, truth, [evaluate.region(LEFT)] * 5, labels)
+    seen = {(i, box): row for box, listed in ((None, full), (LEFT, truth)) for i, row in enumerate(listed)}
+    chosen = evaluate.oracle_actions([evaluate.region(LEFT)] * 5, seen, labels)
     assert [a.decision for a in chosen] == ["REGION", "FULL", "REGION", "FULL", "FULL"]
-    np.testing.assert_array_equal(scores, np.where([[True], [False], [True], [False], [False]], truth, full))
 
 
 def test_random_boxes_follow_the_policys_sizes():
@@ -689,7 +616,6 @@ def test_gap_closed_needs_a_gap(world, tmp_path):
     (tmp_path / "raw" / "truth.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     result = run_main(arguments, "--center-fraction", "1")
     assert result["gap_closed"] is None
-    assert result["methods"]["full"]["kinds"]["x"]["n"] == 3  # q2 has a kind, but no positive
     assert rows_of(arguments, "center")[0]["box"] == [*WHOLE]
     assert run_main(arguments, "--methods", "oracle")["gap_closed"] is None
 
@@ -698,45 +624,8 @@ def test_scores_in_rows_are_the_scores():
     """What a row's file gives back is the float32 that was ranked, so no tie is made or broken on the way."""
     found = np.random.default_rng(0).normal(size=(1, 4000)).astype(np.float32)
     found[0, 1] = np.nextafter(found[0, 0], np.float32(9))  # the smallest difference there is
-    row = evaluate.ranked(np.eye(1, 4000), found, found)[0]
+    row = evaluate.rankings(np.eye(1, 4000), found, found)[0]
     assert np.float32(json.loads(json.dumps(row["scores"]))).tolist() == found[0].tolist()
-
-
-def test_curve_against_the_slow_way():
-    """Every point recomputed query by query, and its ends: all forced boxes, and none."""
-    rng = np.random.default_rng(3)
-    labels = np.zeros((60, 5), int)
-    labels[np.arange(50), rng.integers(0, 5, 50)] = 1  # ten queries without a positive
-    p = rng.random(60).round(2)
-
-    def make(values, decision):
-        return [{"decision": decision, "p_region": p[i], "scores": values[i].tolist(), "labels": labels[i].tolist()}
-                for i in range(60)]
-
-    full, always = make(rng.random((60, 5)), "FULL"), make(rng.random((60, 5)), "REGION")
-    always[7]["decision"] = "MALFORMED"  # nothing to crop to, whatever p says
-    points = evaluate.operating_curve(full, always)
-    assert len(points) > 30 and [point["threshold"] for point in points] == sorted(p["threshold"] for p in points)
-    for point in points:
-        chosen = [always[i] if p[i] > point["threshold"] and i != 7 else full[i] for i in range(60)]
-        means = summary(metrics([row["scores"] for row in chosen], labels))
-        assert point["MRR"] == pytest.approx(means["MRR"]) and point["CondR@1"] == pytest.approx(means["CondR@1"])
-        assert point["crop_rate"] == pytest.approx(sum(row["decision"] == "REGION" for row in chosen) / 60)
-    assert points[0]["crop_rate"] == 59 / 60 and points[-1]["crop_rate"] == 0
-    unknown = [{**row, "p_region": None} for row in always]
-    assert evaluate.operating_curve(full, unknown) is None
-
-
-def test_curve_in_metrics(world):
-    arguments, _ = world
-    result = run_main(arguments)
-    at_half = next(point for point in result["curve"]["policy"] if point["threshold"] == .5)
-    policy, oracle = result["methods"]["policy"], result["methods"]["oracle"]
-    assert at_half == {"threshold": .5, **{name: policy[name] for name in ("crop_rate", "MRR", "CondR@1")}}
-    assert result["curve"]["oracle"] == {name: oracle[name] for name in ("crop_rate", "MRR", "CondR@1")}
-    # The base model points left on every query: the two thresholds below its p of .2 crop all, those above none.
-    assert {point["crop_rate"] for point in result["curve"]["zeroshot"]} == {0, 1}
-    assert "policy" not in run_main(arguments, "--methods", "policy")["curve"]  # no forced boxes
 
 
 def test_one_forced_pass_equals_asking_freely(tmp_path):

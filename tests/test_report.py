@@ -21,6 +21,7 @@ from PIL import Image
 from rewards import metrics, summary
 from scorer import Query, write_array, write_json, write_split
 from tools import plots, report, stats, tables
+from tools import rows as tool_rows
 
 EVIL = """<script>alert(1)</script> & "quoted" 'too' | $x_1$ \\"""
 Q, K, E = 24, 4, 8
@@ -96,11 +97,9 @@ def write_run(folder, queries, name="a run & more"):
         write_rows(run / "eval" / "retrieval" / f"test.{view}.jsonl", [
             {name: row[name] for name in ("query_id", "positives", "decision", "labels", "scores", "rank", "full_rank")}
             for row in found[view]])
-    point = {"threshold": .5, "crop_rate": .5, "MRR": .6, "CondR@1": .7}
     write_json(str(run / "eval" / "metrics.json"), {
         "data": str(folder / "data"), "run": str(run), "split": "test", "scorer": "tiny", "queries": Q,
-        "methods": dict.fromkeys(m for m in found if m.isalpha() and m != "truth"),
-        "curve": {"policy": [point, {**point, "crop_rate": 1.0}], "zeroshot": [point], "oracle": point}})
+        "methods": dict.fromkeys(m for m in found if m.isalpha() and m != "truth")})
     write_json(str(run / "config.json"), {"policy": "mini/policy", "args": {
         "seed": 0, "balance": "force", "queries": 16, "reward_weights": [.2, .2, .2, .4]}})
     write_rows(run / "log.jsonl", [{"step": i, "reward": i / 30, "reward_full": .5, "reward_region": .1, "p_region": .4,
@@ -260,6 +259,24 @@ def test_means_equal_the_leaf(world):
             assert run.study.mean(name, measure) == pytest.approx(value)
 
 
+def test_curve_against_the_slow_way():
+    """Every point recomputed query by query, and its ends: all forced boxes, and none."""
+    rng = np.random.default_rng(3)
+    p, held = rng.random(60).round(2) + .01, np.arange(60) < 50  # ten queries without a positive
+    p[7] = np.nan  # nothing to crop to
+    full, always = ({"MRR": rng.random(60), "CondR@1": np.where(held, rng.integers(0, 2, 60), np.nan)} for _ in "ab")
+    points = stats.operating_curve(p, full, always)
+    assert len(points) > 30 and [point["threshold"] for point in points] == sorted(p["threshold"] for p in points)
+    for point in points:
+        crops = [i for i in range(60) if i != 7 and p[i] > point["threshold"]]
+        for measure in ("MRR", "CondR@1"):
+            values = [(always if i in crops else full)[measure][i] for i in range(60)]
+            assert point[measure] == pytest.approx(np.nanmean(values))
+        assert point["crop_rate"] == pytest.approx(len(crops) / 60)
+    assert points[0]["crop_rate"] == 59 / 60 and points[-1]["crop_rate"] == 0
+    assert stats.operating_curve(np.full(60, np.nan), full, always) is None
+
+
 def test_entities():
     """By the first positive; a query without one is an entity of its own."""
     rows = [{"positives": p, "query_id": i} for i, p in enumerate([["b", "a"], ["a"], [], ["b"], []])]
@@ -268,11 +285,11 @@ def test_entities():
 
 
 def test_rows_are_read_by_name(copy):
-    found = stats.read_rows(str(copy / "eval"), "test")
+    found = tool_rows.read_rows(str(copy / "eval"), "test")
     assert {"full@clip", "policy+fuse", "policy.quality", "retrieval/full"} <= set(found) and len(found["policy"]) == Q
-    assert list(stats.read_rows(str(copy / "eval"), "test", ["policy@clip", "full"])) == ["full", "policy@clip"]
+    assert list(tool_rows.read_rows(str(copy / "eval"), "test", ["policy@clip", "full"])) == ["full", "policy@clip"]
     with pytest.raises(FileNotFoundError, match="test.nobody.jsonl is missing or empty: run evaluate.py"):
-        stats.read_rows(str(copy / "eval"), "test", ["nobody"])
+        tool_rows.read_rows(str(copy / "eval"), "test", ["nobody"])
     run = report.open_run(report.parse_args(["--run", str(copy), "--resamples", "100"]))
     assert report.own_scorer(run) == ["full", "random", "center", "zeroshot", "always", "policy", "truth", "oracle",
                                       "policy+fuse"]
@@ -298,7 +315,7 @@ def test_rows_that_are_refused(copy, edit, message):
 
 
 def test_what_main_refuses(copy, tmp_path):
-    with pytest.raises(SystemExit, match="metrics.json is missing: run `python evaluate.py --run"):
+    with pytest.raises(SystemExit, match="metrics.json is missing: no evaluation .*; run `python evaluate.py --run"):
         make(tmp_path / "none")
     (copy / "eval" / "test.policy.jsonl").write_text("{cut", encoding="utf-8")
     with pytest.raises(SystemExit, match="test.policy.jsonl:1: not JSON"):
@@ -444,13 +461,15 @@ def test_ablation_table_by_hand():
 
 
 def test_cost_table_by_hand():
-    """4 s for a batch of 8 is .5 s a query, 2 queries a second; 3e9 bytes are 3000 MB. The weights were random."""
+    """4 s for a batch of 8 is .5 s a query, 2 queries a second; 3e9 bytes are 3000 MB. The weights were random, and the
+    images as large as this bench's were."""
     run = run_of(paper_like())
-    run.bench = {"gpu.json": {"machine": {"device": "H100"}, "cases": {"act": {
+    run.bench = {"gpu.json": {"machine": {"device": "H100"}, "args": {"visual_tokens": 64}, "cases": {"act": {
         "median_s": {"batch 8 grammar": 4.0}, "peak_bytes": {"batch 8 grammar": 3e9}}}}}
     table = report.cost_table(run)
-    assert table.rows == [["gpu", "H100", "grammar", "8", "0.500", "2.00", "3000"]]
-    assert "random weights" in table.title and "random weights" in table.caption
+    assert table.rows == [["gpu", "H100", "64", "grammar", "8", "0.500", "2.00", "3000"]]
+    assert "random weights" in table.title and "random weights" in table.caption and "1,000" not in table.caption
+    assert table.head[2] == "image tokens"
 
 
 def test_behaviour_table_by_hand():
@@ -558,8 +577,8 @@ def test_page_is_whole(written):
         Image.open(io.BytesIO(base64.b64decode(content))).load()
     text = "".join(reader.text)
     assert "unfinished-seed0 is not in Table 5" in text and "nomargin" in text and "gpu" in text
-    assert {"tables.txt", "tables.md", "table1.tex", "table5.tex", "claims.tex", "figure2.png", "test.sheet.png",
-            "test.pools.png", "figure2_without.png", "curve_mrr.png", "training_reward.png",
+    assert {"tables.txt", "tables.md", "table1.tex", "table5.tex", "claims.tex", "figure2.png",
+            "figure2_without.png", "curve_mrr.png", "training_reward.png",
             "test.policy.csv"} <= {path.name for path in out.iterdir()}
     # The queries of a training step and those that were evaluated are told apart.
     evaluation, training = text[text.index("Evaluation: metrics.json"):].split("Training: config.json")
@@ -585,7 +604,7 @@ def test_page_runs_and_loads_nothing(written):
 def test_csv_has_the_columns_of_the_release(written, world):
     with open(written[0] / "test.policy.csv", encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    rows = stats.read_rows(str(world[2] / "eval"), "test")
+    rows = tool_rows.read_rows(str(world[2] / "eval"), "test")
     after, before = (metrics(*([row[f] for row in rows[name]] for f in ("scores", "labels")), ks=())
                      for name in ("policy", "full"))
     assert ",".join(found[0]) == (
@@ -621,7 +640,7 @@ def test_same_rows_same_bytes(world, written, tmp_path):
         make(world[2], "--out", tmp_path / name)
     assert not {"table5.tex", "figure2_without.png"} & {path.name for path in (tmp_path / "two").iterdir()}
     assert (tmp_path / "two" / "mine.png").exists()
-    for file in ("report.html", "report.json", "tables.txt", "figure2.png", "test.sheet.png"):
+    for file in ("report.html", "report.json", "tables.txt", "figure2.png", "curve_mrr.png"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     make(world[2], "--out", tmp_path / "two", "--tables-only")
     assert {path.suffix for path in (tmp_path / "two").iterdir()} == {".txt", ".md", ".tex", ".csv", ".json", ".png"}
@@ -649,8 +668,6 @@ def test_without_data_and_with_a_lost_picture(tmp_path):
 def test_few_queries(copy, keep):
     for path in (copy / "eval").rglob("*.jsonl"):
         change(path, keep)
-    result = json.loads((copy / "eval" / "metrics.json").read_text())
-    (copy / "eval" / "metrics.json").write_text(json.dumps({**result, "curve": {}}))
     make(copy)
 
 

@@ -1,4 +1,4 @@
-"""Tables 6, 7 and 8: tools/rescore.py, crop_quality.py and retrieve.py on the rows of a small evaluation.
+"""Tables 6, 7, 8 and TREC runs: tools/rescore.py, crop_quality.py, retrieve.py and trec.py on a small evaluation.
 
 The four queries, their images and the scripted policy are those of test_evaluate.py: red left, blue right, pools of
 [purple, red, blue, green]; the policy says REGION left .9, FULL .1, REGION left .8, REGION left .6.
@@ -13,13 +13,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 from PIL import Image
-from test_evaluate import LEFT, RIGHT, ColourScorer, build, rows_of, run_main, world  # noqa: F401
+from test_evaluate import ALL, FIELDS, LEFT, RIGHT, ColourScorer, ranks, rows_of, run_main, world  # noqa: F401
 
 import evaluate
-from scorer import InputError, hold, load_data, read_json, scores, write_array, write_json
-from tools import crop_quality, rescore, retrieve
+from scorer import InputError, Query, hold, load_data, read_json, scores, write_array, write_json
+from tools import crop_quality, report, rescore, retrieve, trec
+from tools import rows as tool_rows
 
 
 class RedBlind(ColourScorer):
@@ -39,7 +41,8 @@ def rows(world, monkeypatch):  # noqa: F811
     arguments, loaded = world
     run_main(arguments)
     loaded.scorers = {"colours": loaded.scorer, "blind to red": RedBlind()}
-    monkeypatch.setattr(rescore, "load_scorer", lambda name, device, dtype=None: loaded.scorers[name])
+    for module in (rescore, tool_rows):
+        monkeypatch.setattr(module, "load_scorer", lambda name, device, dtype=None: loaded.scorers[name])
     loaded.scorer.encoded = 0
     return arguments, loaded
 
@@ -143,30 +146,35 @@ def test_slug(name, part, tmp_path):
 @pytest.mark.parametrize("tool, wrong", [
     (rescore, []), (rescore, ["--fuse", "1.1"]), (rescore, ["--scorer", "a/b", "--scorer", "a:b"]),
     (crop_quality, ["--proxy", "yolo=x"]), (crop_quality, ["--judge", "file:///etc/hosts"]),
-    (crop_quality, ["--judge-limit", "-1"]), (retrieve, ["--batch-size", "0"])])
+    (crop_quality, ["--judge-limit", "-1"]), (retrieve, ["--batch-size", "0"]), (trec, ["--run-file", "x"]),
+    (trec, ["--run-file", "a/b=c"]), (trec, ["--run-file", "policy=c"]), (trec, ["--run-file", "truth=c"]),
+    (trec, ["--run-file", "a@b=c"]), (trec, ["--run-file", "a=b", "--run-file", "a=c"])])
 def test_wrong_flags(tool, wrong):
     with pytest.raises(SystemExit) as error:
         tool.main(wrong)
     assert error.value.code == 2
 
 
-TOOLS = [(rescore, ["--fuse", ".5"]), (crop_quality, []), (retrieve, [])]
+TOOLS = [(rescore, ["--fuse", ".5"]), (crop_quality, []), (retrieve, []), (trec, [])]
 
 
 @pytest.mark.parametrize("tool, more", TOOLS)
 def test_rows_that_are_not_there_or_of_other_pools(rows, tmp_path, tool, more):
     arguments, _ = rows
-    assert "an evaluation of split test: run `python evaluate.py" in refused(tool, arguments, *more, "--split", "val")
+    assert "is of split 'test', not 'val': run `python evaluate.py" in refused(tool, arguments, *more, "--split", "val")
     with hold(tmp_path / "run" / "eval", "--out"):
         assert "in use by another process" in refused(tool, arguments, *more)
     file = tmp_path / "run" / "eval" / "test.policy.jsonl"
     whole = file.read_text()
     file.write_text(whole.replace('"labels": [0, 1, 0, 0]', '"labels": [1, 0, 0, 0]'))
-    assert "test.policy.jsonl is of other pools than" in refused(tool, arguments, *more)
+    assert "test.policy.jsonl:1: query 'q0' does not match that line of" in refused(tool, arguments, *more)
     file.write_text(whole.replace("q3", "q4"))
-    assert "test.policy.jsonl is of other pools than" in refused(tool, arguments, *more)
-    run_main(arguments, "--methods", "full")  # the rows of policy are of an evaluation before
-    assert "run evaluate.py" in refused(tool, arguments, *more)
+    assert "test.policy.jsonl:4: query 'q4' does not match" in refused(tool, arguments, *more)
+    file.write_text(whole[:whole.rindex("{")])
+    assert "test.policy.jsonl has 3 rows" in refused(tool, arguments, *more)
+    if tool is not trec:
+        run_main(arguments, "--methods", "full")  # the rows of policy are of an evaluation before
+        assert "run evaluate.py" in refused(tool, arguments, *more)
     (tmp_path / "run" / "eval" / "metrics.json").unlink()
     assert "metrics.json is missing: no evaluation has finished here" in refused(tool, arguments, *more)
 
@@ -194,15 +202,25 @@ def test_regions_against_true_boxes(rows, capsys):
         {"query_id": "q0", "box": list(LEFT), "target": list(LEFT), "iou": 1, "containment": 1, "judge": None},
         {"query_id": "q2", "box": list(LEFT), "target": None, "iou": None, "containment": None, "judge": None},
         {"query_id": "q3", "box": list(LEFT), "target": list(RIGHT), "iou": 0, "containment": 0, "judge": None}]
-    assert capsys.readouterr().out.splitlines() == [
-        "Table 7            crops     IoU  containment   target: true boxes",
-        "always                 3    0.67         0.67", "policy                 2    0.50         0.50"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Table 7            crops     IoU  containment   target: true boxes"
+    assert lines[1:3] == [f"{'always':16}       3    0.67         0.67", f"{'policy':16}       2    0.50         0.50"]
+    # By kind: q1 is the landmark, q0 and q3 the species; the true box fixes both species and spoils the landmark.
+    heads = "  CondR@1   crop %      IoU   help %   hurt %"
+    assert lines[4:6] == [f"by kind         {'landmark, n = 1':^46}{'species, n = 2':^46}", " " * 16 + 2 * heads]
+    found = {line.split()[0]: line.split()[1:] for line in lines[6:]}
+    assert list(found) == [*ALL, "truth"]
+    assert found["always"] == "0.000 100.0 1.00 0.0 100.0 0.500 100.0 0.50 50.0 0.0".split()
+    assert found["truth"] == "0.000 100.0 1.00 0.0 100.0 1.000 100.0 1.00 100.0 0.0".split()
+    assert found["full"] == "1.000 0.0 - 0.0 0.0 0.000 0.0 - 0.0 0.0".split()
 
 
 def test_no_targets_at_all(rows, tmp_path, capsys):
     (tmp_path / "raw" / "truth.jsonl").unlink()
+    run_main(rows[0])
     crop_quality.main(rows[0])
-    assert "no crop has a target" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no crop has a target" in printed and "by kind" not in printed
 
 
 @pytest.mark.parametrize("box, target, value", [
@@ -406,3 +424,81 @@ def test_retrieval_needs_positives_and_the_datas_scorer(rows, tmp_path, monkeypa
     text = path.read_text().replace('["https://w/entity 0"]', "[" + " " * 20 + "]")  # of the same length
     path.write_text(text)
     assert "test.jsonl:2: query 'q1' names no positives" in refused(retrieve, arguments)
+
+
+# ---------------------------------------------------------------------------------------------- rankings in TREC's form
+
+def their_run(folder, ranked={"q0": [1, 0, 2, 3], "q1": [3, 1], "q3": [2, 9, 0]}):
+    """A TREC run from {query: pool entities, best first}; 9 is outside of every pool. Lines from last to first."""
+    path = folder / "their.trec"
+    path.write_text("".join(f"{query} Q0 https://w/entity%20{j} {rank} {9 - rank}.5 them\n"
+                            for query, js in ranked.items() for rank, j in reversed(list(enumerate(js, 1)))))
+    return path
+
+
+def test_run_file_by_hand(rows, tmp_path, capsys):
+    """q0: red first, rank 1. q1: green, red, then the missing purple (positive), blue: rank 3. q2: not in the file, and
+    no positive anyway: 5. q3: blue (positive) first; entity 9 is passed over."""
+    arguments, _ = rows
+    before = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
+    trec.main([*arguments, "--run-file", f"Their-1={their_run(tmp_path)}"])
+    assert ranks(arguments, "Their-1") == [1, 3, 5, 1]
+    result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
+    counts = {"file": "their.trec", "queries": 3, "queries_missing": 1, "candidates_missing": 2 + 2, "outside_pool": 1,
+              "queries_unknown": 0}
+    assert result["external"] == {"Their-1": counts} and result["methods"].pop("Their-1")["crop_rate"] == 0
+    assert {**before, "external": result["external"]} == result  # and all else stays
+    row = rows_of(arguments, "Their-1")[1]
+    assert row["decision"] == "FULL" and row["margin"] is None and row["full_margin"] is not None
+    assert row["scores"] == [0, 3, 0, 4] and row["seconds"] is None and row["kind"] == "landmark"
+    assert list(row) == FIELDS
+    printed = capsys.readouterr().out
+    assert ("Their-1: 3 queries from their.trec; not matched: queries missing 1, candidates missing 4, outside pool 1, "
+            "queries unknown 0") in printed
+    # MRR (1 + 1/3 + 0 + 1) / 4; R@1 of 2 in 4 queries, CondR@1 of 2 in 3.
+    assert "Their-1            0.583   0.625    50.0    75.0    75.0    75.0 |    0.667    1.000    1.000  |" in printed
+
+
+def test_trec_eval_gives_our_numbers(rows, tmp_path):
+    """trec_eval's own code, on our files, gives our numbers: also with ties, which it would break by name."""
+    arguments, _ = rows
+    trec.main([*arguments, "--run-file", f"their={their_run(tmp_path)}"])
+    result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
+    with open(f"{arguments[3]}/eval/test.qrels") as file:
+        evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(file), {"recip_rank", "ndcg", "recall.1,5"})
+    assert list(result["methods"]) == [*ALL, "their"] and (tmp_path / "run" / "eval" / "test.truth.trec").exists()
+    for name, ours in result["methods"].items():
+        with open(f"{arguments[3]}/eval/test.{name}.trec") as file:
+            found = evaluator.evaluate(pytrec_eval.parse_run(file))
+        assert len(found) == 4
+        for key, theirs in (("MRR", "recip_rank"), ("NDCG", "ndcg"), ("R@1", "recall_1"), ("R@5", "recall_5")):
+            assert np.mean([row[theirs] for row in found.values()]) == pytest.approx(ours[key]), (name, key)
+
+
+def test_ids_verbatim_or_quoted(tmp_path):
+    data = SimpleNamespace(queries=[Query("a b", "", "", []), Query("c", "", "", [])], pool=np.array([[0, 1], [1, 0]]))
+    path = tmp_path / "r"
+    path.write_text("a%20b Q0 u%20v 1 9 t\na%20b Q0 w 2 8 t\na%20b Q0 u%20v 3 7 t\nx Q0 w 1 9 t\nc Q0 é 1 9 t\n")
+    found, counts = trec.match_run(data, str(path), {0: "é", 1: "u v"})
+    assert found.tolist() == [[0, 2], [0, 2]]
+    assert counts == {"file": "r", "queries": 2, "queries_missing": 0, "candidates_missing": 2, "outside_pool": 1,
+                      "queries_unknown": 1}
+
+
+def test_run_files_that_are_none(rows, tmp_path):
+    assert "their.trec" in refused(trec, rows[0], "--run-file", f"their={tmp_path}/their.trec")
+    (tmp_path / "their.trec").write_text("q0 Q0 e 1 .5\n")
+    assert "their.trec:1: expected `query Q0" in refused(trec, rows[0], "--run-file", f"their={tmp_path}/their.trec")
+    message = refused(trec, rows[0], "--run-file", f"their={their_run(tmp_path, {'x7': [1]})}")
+    assert "none of its 1 queries ('x7' ...)" in message and "ids are like 'q0'" in message
+
+
+def test_curve_goes_through_the_policys_own_choice(rows):
+    """Threshold .5 is greedy. The base model points left on every query, with p .2: it crops all of them, or none."""
+    run = report.open_run(report.parse_args(["--run", rows[0][3], "--resamples", "100"]))
+    at_half = next(point for point in run.curve["policy"] if point["threshold"] == .5)
+    assert [at_half[name] for name in ("crop_rate", "MRR", "CondR@1")] == [
+        run.study.mean("policy", measure) for measure in ("crop", "MRR", "CondR@1")]
+    assert {point["crop_rate"] for point in run.curve["zeroshot"]} == {0, 1}
+    run_main(rows[0], "--methods", "policy")  # no forced boxes
+    assert not report.open_run(report.parse_args(["--run", rows[0][3], "--resamples", "100"])).curve

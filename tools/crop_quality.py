@@ -8,7 +8,8 @@ For each crop of zeroshot, zeroshot2, always and policy: IoU with a target box, 
 crop shows the whole target. Targets are the true boxes where the data has them, or what GroundingDINO finds for the
 question's keyword (Sec. 4.4). A judge is a vision-language model behind an OpenAI-compatible address, which is asked of
 the policy's crops whether they can answer the question; the crops are sent there. Answers are kept in a file as they
-come, so that a killed run goes on. Writes <split>.<method>.quality.jsonl, a line a crop.
+come, so that a killed run goes on. Writes <split>.<method>.quality.jsonl, a line a crop. Where the data names kinds of
+queries, it also prints what every method does with each kind.
 """
 
 import argparse
@@ -26,9 +27,9 @@ import urllib.request
 import torch
 from tqdm import tqdm
 
-from evaluate import Answers, iou, mean, read_truth, write_rows
+from evaluate import Answers, cells, iou, mean, read_truth, write_rows
 from scorer import InputError, crop, hold
-from tools.rescore import add_flags, open_rows
+from tools.rows import add_flags, finish, open_rows
 
 METHODS = ("zeroshot", "zeroshot2", "always", "policy")
 KEYWORD_AFTER = re.compile(r"\b(?:this|these|that|those)\s+((?:[^\W\d_]|-)+)", re.IGNORECASE)
@@ -75,7 +76,7 @@ def load_detector(name, device):
 
 def proxy_targets(data, actions, detect, answers):
     """Target boxes by a detector for the queries that a policy crops by itself -> ({query row: box}, {why none: n})."""
-    rows = sorted({i for name, listed in actions.items() if name in METHODS and name != "always"
+    rows = sorted({i for name, listed in actions.items() if name != "always"
                    for i, action in enumerate(listed) if action.decision == "REGION"})
     without, targets = {"no keyword": 0, "nothing detected": 0}, {}
     for i in tqdm(rows, desc="detect", unit="query", disable=None):
@@ -151,13 +152,31 @@ def quality(data, actions, targets, verdicts):
             for i, action in enumerate(actions) if action.decision == "REGION"]
 
 
+def kind_table(rows):
+    """Lines: what each method does with each kind of query, of those whose pool holds the positive; none where the data
+    names no kinds. The rows `truth` always take the true box."""
+    kinds, lines = sorted({row["kind"] for row in rows["full"]} - {None}), []
+    for name, listed in rows.items():
+        lines.append(f"{name:16}")
+        for kind in kinds:
+            held = [row for row in listed if row["kind"] == kind and any(row["labels"])]
+            lines[-1] += (cells([mean(row["rank"] == 1 for row in held)], 9, ".3f")
+                          + cells([mean(row["decision"] == "REGION" for row in held)], 9, "%")
+                          + cells([mean(row["iou"] for row in listed if row["kind"] == kind)], 9, ".2f")
+                          + cells([mean(row["rank"] < row["full_rank"] for row in held),
+                                   mean(row["rank"] > row["full_rank"] for row in held)], 9, "%"))
+    n = {kind: sum(row["kind"] == kind and any(row["labels"]) for row in rows["full"]) for kind in kinds}
+    head = [f"{'by kind':16}" + "".join(f"{f'{kind}, n = {n[kind]}':^46}" for kind in kinds),
+            f"{'':16}" + cells(("CondR@1", "crop %", "IoU", "help %", "hurt %"), 9, "") * len(kinds)]
+    return ["", *head, *lines] if kinds else []
+
+
 def run(args):
     """Everything asked for, to its files -> Table 7 as lines."""
-    data, _, actions = open_rows(args, METHODS)
-    if not set(METHODS) & actions.keys():
+    data, _, rows, every = open_rows(args, needed=("policy",) if args.judge else ())
+    actions = {name: every[name] for name in METHODS if name in every}
+    if not actions:
         raise InputError(f"{args.out} has the rows of no policy: run evaluate.py with one of {', '.join(METHODS)}")
-    if args.judge and "policy" not in actions:
-        raise InputError("--judge is about the policy's crops: run evaluate.py with the method policy")
     boxes = {name: [action.box for action in listed] for name, listed in actions.items()}
     with hold(args.out, "--out"):
         asked = Answers(os.path.join(args.out, f"{args.split}.quality.part"), {
@@ -169,8 +188,8 @@ def run(args):
         else:
             targets = {i: fact["box"] for i, fact in read_truth(data).items()}
         verdicts = judge_crops(data, actions["policy"], args, asked) if args.judge else {}
-        for method in (method for method in METHODS if method in actions):
-            listed = quality(data, actions[method], targets, verdicts if method == "policy" else {})
+        for method, chosen in actions.items():
+            listed = quality(data, chosen, targets, verdicts if method == "policy" else {})
             write_rows(os.path.join(args.out, f"{args.split}.{method}.quality.jsonl"), listed)
             aimed = [row for row in listed if row["target"]]
             if aimed:
@@ -185,7 +204,7 @@ def run(args):
         rate = f"{sum(clear) / len(verdicts):.2f}" if verdicts else "-"
         lines.append(f"Table 7, judge {args.judge_model}: YES for {rate} of {len(verdicts)} crops of the policy, "
                      f"{len(verdicts) - len(clear)} answers neither YES nor NO")
-    return lines
+    return [*lines, *kind_table(rows)]
 
 
 def parse_args(argv=None):
@@ -207,12 +226,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        lines = run(args)
-    except (InputError, FileNotFoundError) as error:
-        raise SystemExit(f"tools.crop_quality: {error}") from error
-    print("\n".join(lines))
+    finish("crop_quality", run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ heading of words and [(caption, PIL image)]. matplotlib is a package of requirem
 
 import base64
 import io
-import textwrap
 from dataclasses import dataclass
 
 import matplotlib.figure
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from scorer import InputError, crop, read_image, scores
 
@@ -113,24 +112,25 @@ def margin_plots(run, without):
 
 def curve_plots(run, label):
     """The operating curve: MRR and CondR@1 against crop rate as the threshold on p(REGION | x) moves."""
-    curve, plots = run.metrics.get("curve") or {}, []
-    if not curve.get("policy"):
-        run.notes.append("no operating curve: metrics.json has none; run evaluate.py with `always` among its methods")
+    plots = []
+    if not run.curve.get("policy"):
+        run.notes.append("no operating curve: run evaluate.py with `always` among its methods, in the grammar")
         return []
     for measure in ("MRR", "CondR@1"):
         figure, axes = canvas(f"{measure} against crop rate", "queries that are cropped, %", measure)
         for name, colour, style in (("zeroshot", GREY, "--"), ("policy", BLUE, "-")):
-            points = sorted((p["crop_rate"], p[measure]) for p in curve.get(name, []) if p[measure] is not None)
+            points = sorted((p["crop_rate"], p[measure]) for p in run.curve.get(name) or () if not np.isnan(p[measure]))
             if points:
                 x, y = np.array(points).T
                 axes.plot(x * 100, y, color=colour, linestyle=style, marker=".", markersize=4, label=label(name))
             if points and name in run.rows:
                 axes.plot(run.study.mean(name, "crop") * 100, run.study.mean(name, measure), "o", color=colour,
                           markersize=9, markeredgecolor="white")
-        best = curve.get("oracle")
-        if best and best.get(measure) is not None:
-            axes.plot(best["crop_rate"] * 100, best[measure], "*", color=GREEN, markersize=14, label="oracle")
+        if "oracle" in run.rows and not np.isnan(best := run.study.mean("oracle", measure)):
+            axes.plot(run.study.mean("oracle", "crop") * 100, best, "*", color=GREEN, markersize=14, label="oracle")
         axes.set_xlim(-3, 103)
+        if not axes.lines:  # no query has a positive in its pool
+            continue
         plots.append(drawn(figure, f"curve_{measure.replace('@', '').lower()}",
                            f"Operating curve, {measure}: queries are cropped where p(REGION) is above a threshold that "
                            "moves from 1 (left) to 0 (right, always crop). Large dots: the policies' own choice, "
@@ -274,23 +274,3 @@ def data_uri(content):
         small.save(buffer, format="jpeg", quality=82)
         return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-def sheet(shown, side=170, columns=6):
-    """Cases below each other as one picture, PNG bytes."""
-    font, height = ImageFont.load_default(11), side + 66
-    picture = Image.new("RGB", (columns * (side + 8), max(1, len(shown)) * height), "white")
-    pen = ImageDraw.Draw(picture)
-    for top, case in zip(range(0, len(shown) * height, height), shown):
-        words = f"{case.soft.replace('→', '->')} {case.group}"  # the font that Pillow brings has no arrow
-        pen.text((4, top + 4), case.words[:150], fill="black", font=font)
-        pen.text((4, top + 19), words[:180], fill=GREY, font=font)
-        for left, (caption, image) in zip(range(4, picture.width, side + 8), case.views):
-            small = image.convert("RGB")
-            small.thumbnail((side, side))
-            picture.paste(small, (left, top + 36))
-            lines = "\n".join(textwrap.wrap(caption, 30)[:2])
-            pen.text((left, top + 38 + side), lines, fill="black", font=font, spacing=1)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="png")
-    return buffer.getvalue()

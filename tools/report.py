@@ -5,8 +5,8 @@
     python -m tools.report --run runs/world --runs runs/ablation/* --bench bench/mini-cpu.json
 
 Means are computed anew from the scores and labels of the rows, so a table cannot show a number that its rows do not
-hold. No model is loaded. Intervals and tests: tools/stats.py. Numbers as text and the formats of tables:
-tools/tables.py. Plots and pictures: tools/plots.py. The page is tools/report.html.j2. The packages are those of
+hold. No model is loaded. Rows: tools/rows.py. Intervals and tests: tools/stats.py. Numbers as text and the formats of
+tables: tools/tables.py. Plots and pictures: tools/plots.py. The page: tools/report.html.j2. The packages are those of
 requirements-dev.txt. The file in its order: what goes in, the paper's claims, tables, the page.
 """
 
@@ -22,7 +22,8 @@ import pandas as pd
 from rewards import metrics
 from scorer import InputError, load_data, read_json, replacing, write_json
 from tools import plots
-from tools.stats import Study, entities, mean, measures, read_lines, read_rows
+from tools.rows import check_same, read_lines, read_metrics, read_rows
+from tools.stats import Study, entities, mean, measures, operating_curve
 from tools.tables import Table, as_latex, as_markdown, as_text, form, head, p_text, plain, shown, span
 
 LABELS = {  # methods in the order of the paper's Table 1; a method that is not here goes by its own name
@@ -68,6 +69,7 @@ class Run:
     log: list                                        # lines of log.jsonl
     rows: dict                                       # {method: [Q] dict}
     study: Study = None                              # of all methods
+    curve: dict = field(default_factory=dict)        # {method: points of operating_curve}
     ablations: list = field(default_factory=list)    # of Ablation
     bench: dict = field(default_factory=dict)        # {file name: content}
     notes: list = field(default_factory=list)        # what is missing, and the command that makes it
@@ -85,10 +87,7 @@ class Ablation:
 def open_run(args):
     """Everything that is read, as a Run; every complaint about input comes from here."""
     folder = os.path.join(args.run, "eval")
-    result = read_json(os.path.join(folder, "metrics.json"), f"run `python evaluate.py --run {args.run}`")
-    if result.get("split") != args.split:
-        raise InputError(f"{folder}/metrics.json is of split {result.get('split')!r}, not {args.split!r}: run "
-                         f"`python evaluate.py --run {args.run} --split {args.split}`")
+    result = read_metrics(folder, args.split, f"python evaluate.py --run {args.run} --split {args.split}")
     config, log = os.path.join(args.run, "config.json"), os.path.join(args.run, "log.jsonl")
     run = Run(args, result, read_json(config, "put it back, or remove it") if os.path.isfile(config) else {},
               read_lines(log, ("step",)) if os.path.isfile(log) else [], read_rows(folder, args.split))
@@ -106,6 +105,10 @@ def open_run(args):
         if runs:
             values[name] = {"MRR": np.mean([ablation.values["MRR"] for ablation in runs], axis=0)}  # [Q] over seeds
     run.study = Study(values, entities(full), args.resamples, args.seed)
+    for name, forced in (("policy", "always"), ("zeroshot", "zeroshot_always")):
+        if forced in run.rows:
+            p = [row["p_region"] if row["decision"] == "REGION" else None for row in run.rows[forced]]
+            run.curve[name] = operating_curve(np.array(p, float), values["full"], values[forced])
     run.bench = {os.path.basename(path): read_json(path, "run tools.bench again") for path in args.bench}
     return run
 
@@ -117,12 +120,12 @@ def keep_own(run):
     made from a method's rows (policy@clip, policy+fuse, policy.quality, retrieval/policy) is of this evaluation if it
     tells of the same decisions, boxes and pools.
     """
-    rows, full = run.rows, run.rows["full"]
+    rows, pools = run.rows, pools_of(run)
     known = {"full", "truth", *run.metrics.get("methods", {})}
     for name in sorted(rows, key=lambda name: bool(re.search(r"[@+./]", name))):  # methods first
         base = re.split(r"[@+.]", name.removeprefix("retrieval/"))[0]
         if name == base and name in known:
-            check_same(rows[name], full, f"{run.args.split}.{name}.jsonl")
+            check_same(rows[name], pools, f"{run.args.split}.{name}.jsonl")
         elif name == base or base not in rows or not same_views(name, rows[name], rows[base]):
             del rows[name]
             run.notes.append(f"{name}: its rows are of an earlier evaluation than metrics.json")
@@ -132,6 +135,11 @@ def keep_own(run):
             row |= {fact: found.get(row["query_id"], {}).get(fact) for fact in ("iou", "containment", "judge")}
 
 
+def pools_of(run):
+    """What all rows must be of: [(query id, labels)] of the full image's."""
+    return [(row["query_id"], row["labels"]) for row in run.rows["full"]]
+
+
 def same_views(name, rows, base):
     """Are these rows, which a tool made from those of a method, about the actions that lie in `base` now?"""
     actions = {row["query_id"]: row for row in base}
@@ -139,17 +147,6 @@ def same_views(name, rows, base):
     whole = name.endswith(".quality") or [row["query_id"] for row in rows] == list(actions)
     return whole and all(row["query_id"] in actions and all(row[f] == actions[row["query_id"]][f] for f in fields
                                                             if f in row) for row in rows)
-
-
-def check_same(rows, full, path):
-    """InputError unless two files are about the same queries with the same labels: a pair is compared row by row."""
-    if len(rows) != len(full):
-        raise InputError(f"{path} has {len(rows)} rows, the file of `full` {len(full)}: one of them is of another "
-                         "evaluation, run evaluate.py again or remove the old file")
-    for number, (row, other) in enumerate(zip(rows, full), 1):
-        if row["query_id"] != other["query_id"] or row["labels"] != other["labels"]:
-            raise InputError(f"{path}:{number}: query {row['query_id']!r} does not match that line of `full`: the rows "
-                             "are of different pools, run evaluate.py again or remove the old file")
 
 
 def read_ablations(run):
@@ -162,7 +159,7 @@ def read_ablations(run):
             run.notes.append(f"{name} is not in Table 5: it has no {run.args.split} rows yet; `make ablations` goes on")
             continue
         rows = read_rows(evaluated, run.args.split, ("policy",))["policy"]
-        check_same(rows, run.rows["full"], f"{evaluated}/{run.args.split}.policy.jsonl")
+        check_same(rows, pools_of(run), f"{evaluated}/{run.args.split}.policy.jsonl")
         args = read_json(os.path.join(folder, "config.json"), "train the run again")["args"]
         run.ablations.append(Ablation(re.sub(r"-seed\d+$", "", name), args.get("seed", 0), args,
                                       measures(rows, run.rows["full"])))
@@ -449,13 +446,14 @@ def cost_table(run):
         found = bench.get("cases", {}).get("act", {})
         for part, seconds in found.get("median_s", {}).items():
             _, size, answer = part.split()  # "batch 8 grammar"
-            rows.append([file.removesuffix(".json"), bench.get("machine", {}).get("device", "?"), answer, size,
+            rows.append([file.removesuffix(".json"), bench.get("machine", {}).get("device", "?"),
+                         str(bench.get("args", {}).get("visual_tokens", "?")), answer, size,
                          f"{seconds / int(size):.3f}", f"{int(size) / seconds:.2f}",
                          f"{found.get('peak_bytes', {}).get(part, np.nan) / 1e6:.0f}".replace("nan", "-")])
     return Table("table9", "Table 9. Cost of inference, random weights",
-                 ["bench", "machine", "answer", "batch", "s a query", "queries/s", "peak MB"], rows,
-                 "From tools/bench.py: random weights in the shape of the named model, images of about 1,000 tokens; "
-                 "the machine is the bench's, not this page's. FULL ends at the decision; grammar and free write a box "
+                 ["bench", "machine", "image tokens", "answer", "batch", "s a query", "queries/s", "peak MB"], rows,
+                 "From tools/bench.py: random weights in the shape of the named model; the machine is the bench's, not "
+                 "this page's. FULL ends at the decision; grammar and free write a box "
                  "of as many tokens.")
 
 
@@ -581,7 +579,8 @@ def numbers(run, found):
                       for measure, column in values.items()} for method, values in study.values.items()}
     return {"run": run.args.run, "split": run.args.split, "queries": len(study.clusters),
             "entities": int(study.clusters.max()) + 1, "resamples": study.resamples, "seed": study.seed, "means": means,
-            "claims": [{key: finite(value) for key, value in claim.items()} for claim in found], "notes": run.notes}
+            "claims": [{key: finite(value) for key, value in claim.items()} for claim in found], "curve": run.curve,
+            "notes": run.notes}
 
 
 def main(argv=None):
@@ -606,8 +605,6 @@ def main(argv=None):
             cases = {"table3": plots.cases(run, data, args.examples) if data else [],
                      "pools": plots.pools(run, data, args.examples) if data else []}
             files["report.html"] = page(run, tables, drawn, cases, found)
-            files |= {f"{args.split}.{name}.png": plots.sheet(cases[section])
-                      for name, section in (("sheet", "table3"), ("pools", "pools")) if cases[section]}
         write_report(args.out, files, numbers(run, found))
     except (InputError, FileNotFoundError) as error:
         raise SystemExit(f"tools.report: {error}") from error

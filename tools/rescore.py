@@ -15,70 +15,19 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from evaluate import encode_views, ranked, score_actions, write_rows
-from policy import Action
+from evaluate import cells, rankings, score_views, view_scores, write_rows
 from rewards import metrics, summary
-from scorer import (
-    InputError, fuse, hold, load_data, load_scorer, normalise, read_image, read_json, same_scorer, scores,
-)
-from tools.stats import read_rows
+from scorer import fuse, hold, load_scorer, normalise, read_image, scores
+from tools.rows import add_flags, encode_crops, finish, open_rows
 
 METHODS = ("full", "zeroshot", "policy")  # rows of Table 6
 COLUMNS = ("R@1", "R@5", "R@10", "CondR@1", "CondR@5", "CondR@10")
 
 
-def count(text):
-    """argparse's type of a number of 1 or more."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def add_flags(parser):
-    """The flags of every tool that goes on from the rows of an evaluation."""
-    parser.add_argument("--data", default="data/world", help="folder that prepare.py wrote")
-    parser.add_argument("--run", default="runs/world", help="folder that train.py wrote and evaluate.py evaluated")
-    parser.add_argument("--out", help="folder of the rows, for what is written too; default: eval/ in the run's folder")
-    parser.add_argument("--split", default="test", help="split of the data: train, val or test")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--batch-size", type=count, default=64, help="images a step; memory, not results")
-
-
-def open_rows(args, methods):
-    """(data, {method: [Q] rows}, {method: [Q] Action}) of an evaluation, for those of `methods` that it has.
-
-    InputError or FileNotFoundError where there is no evaluation, or where it was of other pools.
-    """
-    args.out = args.out or os.path.join(args.run, "eval")
-    remedy = f"run `python evaluate.py --data {args.data} --run {args.run} --split {args.split}` first"
-    result = read_json(os.path.join(args.out, "metrics.json"), f"no evaluation has finished here; {remedy}")
-    if result.get("split") != args.split:
-        raise InputError(f"{args.out} holds an evaluation of split {result.get('split')}: {remedy}")
-    names = ["full", *(name for name in methods if name in result["methods"] and name != "full")]
-    rows = read_rows(args.out, args.split, names)
-    data = load_data(args.data, args.split, limit=len(rows["full"]))
-    of_data = [(query.query_id, labels) for query, labels in zip(data.queries, data.labels.astype(int).tolist())]
-    for name in names:
-        if [(row["query_id"], row["labels"]) for row in rows[name]] != of_data:
-            raise InputError(f"{args.out}/{args.split}.{name}.jsonl is of other pools than {args.data}: {remedy}")
-    actions = {name: [Action(row["decision"], row["box"] and tuple(row["box"]), row["p_region"], row["text"])
-                      for row in rows[name]] for name in names}
-    return data, {name: rows[name] for name in names}, actions
-
-
-def own_scorer(data, device):
-    """The scorer that the data was prepared with."""
-    then = data.manifest["scorer"]
-    scorer = load_scorer(then["name"], device, then["dtype"])
-    same_scorer(data.folder, data.manifest, scorer)
-    return scorer
-
-
 class OtherPools:
-    """The same pools as another scorer sees them; stands in for Data in score_actions.
+    """The same pools as another scorer sees them; stands in for Data in score_views.
 
     unreadable: bool [Q], the queries whose image has no feature; whoever scores them must not look at the result.
     """
@@ -115,36 +64,33 @@ class OtherPools:
 def rescore(data, scorer, rows, actions, batch_size):
     """Rows of the same views of the same pools by another scorer: {method: [Q] rows}."""
     unreadable = np.array([row["unreadable"] for row in rows["full"]])  # [Q]
-    found, _ = score_actions(OtherPools(data, scorer, unreadable, batch_size), scorer, actions, batch_size)
+    seen, _ = score_views(OtherPools(data, scorer, unreadable, batch_size), scorer, actions, batch_size)
+    found = {name: view_scores(listed, seen) for name, listed in actions.items()}
     for listed in found.values():  # where nothing was seen, the pool's order stays
         listed[unreadable] = -np.arange(listed.shape[1])
-    return {name: [{**row, **fields} for row, fields in zip(listed, ranked(data.labels, found[name], found["full"]))]
-            for name, listed in rows.items()}
+    return {name: [{**row, **ranking} for row, ranking in zip(rows[name], rankings(data.labels, listed, found["full"]))]
+            for name, listed in found.items()}
 
 
-def fused(data, scorer, rows, actions, weight, batch_size):
-    """Rows of policy+fuse: the policy's, each crop's feature mixed with the full image's as (1 - weight) full + weight
-    crop."""
+def fused(data, rows, actions, args):
+    """Rows of policy+fuse: the policy's, each crop's feature mixed with the full image's as (1 - W) full + W crop."""
     full = np.array([row["scores"] for row in rows["full"]], np.float32)  # [Q, K]
     found = full.copy()  # what FULL shows
-    crops = [(i, action.box) for i, action in enumerate(actions["policy"]) if action.decision == "REGION"]
-    for start in tqdm(range(0, len(crops), batch_size), desc="fuse", unit="batch", disable=None):
-        for (i, _), feature in encode_views(data, scorer, crops[start:start + batch_size])[0].items():
-            # Of length 1 first: the weight is the share that the crop has.
-            view = (1 - weight) * normalise(data.full[i]) + weight * normalise(feature)  # [D]
-            found[i] = scores(view, data.candidates(i))
-    return [{**row, **fields} for row, fields in zip(rows["policy"], ranked(data.labels, found, full))]
+    for i, feature in encode_crops(data, actions["policy"], args.device, args.batch_size):
+        # Of length 1 first: W is the share that the crop has.
+        view = (1 - args.fuse) * normalise(data.full[i]) + args.fuse * normalise(feature)  # [D]
+        found[i] = scores(view, data.candidates(i))
+    return [{**row, **ranking} for row, ranking in zip(rows["policy"], rankings(data.labels, found, full))]
 
 
 def table(title, sets):
     """Lines from {scorer name: {method: rows}}: recalls in per cent, conditional ones as shares."""
-    lines = [f"{title:44}" + "".join(f"{column:>9}" for column in COLUMNS)]
+    lines = [f"{title:44}" + cells(COLUMNS, 9, "")]
     for scorer, rows in sets.items():
         for name in rows:
             means = summary(metrics([row["scores"] for row in rows[name]], [row["labels"] for row in rows[name]]))
-            cells = ["-" if means[c] is None else f"{means[c] * 100:.1f}" if c[0] == "R" else f"{means[c]:.3f}"
-                     for c in COLUMNS]
-            lines.append(f"{name:16}{scorer:28}" + "".join(f"{cell:>9}" for cell in cells))
+            lines.append(f"{name:16}{scorer:28}" + cells([means[c] for c in COLUMNS[:3]], 9, "%")
+                         + cells([means[c] for c in COLUMNS[3:]], 9, ".3f"))
     return lines
 
 
@@ -155,9 +101,7 @@ def slug(name):
 
 def run(args):
     """Everything asked for -> the tables as lines."""
-    data, rows, actions = open_rows(args, METHODS)
-    if args.fuse is not None and "policy" not in rows:
-        raise InputError(f"--fuse needs the rows of the policy: run evaluate.py on {args.run} with the method policy")
+    data, _, rows, actions = open_rows(args, METHODS, needed=("policy",) if args.fuse is not None else ())
     own = data.manifest["scorer"]["name"]
     sets, lines = {own: rows}, []
     with hold(args.out, "--out"):
@@ -170,7 +114,7 @@ def run(args):
         if args.scorer:
             lines += [*table("Table 6", sets), ""]
         if args.fuse is not None:
-            found = fused(data, own_scorer(data, args.device), rows, actions, args.fuse, args.batch_size)
+            found = fused(data, rows, actions, args)
             write_rows(os.path.join(args.out, f"{args.split}.policy+fuse.jsonl"), found)
             shown = {"full": rows["full"], "policy": rows["policy"], "policy+fuse": found}
             lines += table(f"{1 - args.fuse:g} full image + {args.fuse:g} crop", {own: shown})
@@ -192,12 +136,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        lines = run(args)
-    except (InputError, FileNotFoundError) as error:
-        raise SystemExit(f"tools.rescore: {error}") from error
-    print("\n".join(lines))
+    finish("rescore", run, parse_args(argv))
 
 
 if __name__ == "__main__":

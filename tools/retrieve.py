@@ -12,13 +12,12 @@ import argparse
 import os
 
 import numpy as np
-from tqdm import tqdm
 
-from evaluate import encode_views, ranked, write_rows
+from evaluate import cells, rankings, write_rows
 from prepare import nearest_entities
 from rewards import metrics, summary
 from scorer import InputError, hold
-from tools.rescore import add_flags, open_rows, own_scorer
+from tools.rows import add_flags, encode_crops, finish, open_rows
 
 K = 20
 COLUMNS = ("R@1", "R@5", "R@10", "R@20")
@@ -35,22 +34,17 @@ def retrieve(data, views, device):
 
 def run(args):
     """Both retrievals, to their files -> Table 8 as lines."""
-    data, rows, actions = open_rows(args, ("policy",))
-    if "policy" not in rows:
-        raise InputError(f"Table 8 needs the rows of the policy: run evaluate.py on {args.run} with the method policy")
+    data, _, _, actions = open_rows(args, ("policy",), needed=("policy",))
     for i, query in enumerate(data.queries):
         if not query.positives:
             raise InputError(f"{data.queries.path}:{i + 1}: query {query.query_id!r} names no positives, so recall over"
                              " the whole knowledge base is not defined: prepare the data again")
-    scorer = own_scorer(data, args.device)
     views = {"full": np.asarray(data.full, np.float32)}  # [Q, D]
     views["policy"] = views["full"].copy()
-    crops = [(i, action.box) for i, action in enumerate(actions["policy"]) if action.decision == "REGION"]
-    for start in tqdm(range(0, len(crops), args.batch_size), desc="encode", unit="batch", disable=None):
-        for (i, _), feature in encode_views(data, scorer, crops[start:start + args.batch_size])[0].items():
-            views["policy"][i] = feature
+    for i, feature in encode_crops(data, actions["policy"], args.device, args.batch_size):
+        views["policy"][i] = feature
     found = {name: retrieve(data, listed, args.device) for name, listed in views.items()}
-    lines = [f"{'Table 8':16}" + "".join(f"{column:>8}" for column in COLUMNS)]
+    lines = [f"{'Table 8':16}" + cells(COLUMNS, 8, "")]
     full_rank = metrics(found["full"][1], found["full"][0], ks=())["rank"]  # [Q]
     with hold(args.out, "--out"):
         os.makedirs(os.path.join(args.out, "retrieval"), exist_ok=True)
@@ -58,10 +52,10 @@ def run(args):
             listed = [{"query_id": query.query_id, "positives": query.positives, "decision": action.decision,
                        **{field: fields[field] for field in ("labels", "scores", "rank")}, "full_rank": int(before)}
                       for query, action, fields, before in zip(data.queries, actions[name],
-                                                               ranked(labels, cosines, cosines), full_rank)]
+                                                               rankings(labels, cosines, cosines), full_rank)]
             write_rows(os.path.join(args.out, "retrieval", f"{args.split}.{name}.jsonl"), listed)
             means = summary(metrics(cosines, labels))
-            lines.append(f"{name:16}" + "".join(f"{means[column] * 100:8.1f}" for column in COLUMNS))
+            lines.append(f"{name:16}" + cells([means[column] for column in COLUMNS], 8, "%"))
     return lines
 
 
@@ -72,12 +66,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        lines = run(args)
-    except (InputError, FileNotFoundError) as error:
-        raise SystemExit(f"tools.retrieve: {error}") from error
-    print("\n".join(lines))
+    finish("retrieve", run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""EchoSight's and OMGM's result files -> a TREC run: candidates for prepare.py, or a row for evaluate.py.
+"""EchoSight's and OMGM's result files -> a TREC run: candidates for prepare.py, or a row of the tables.
 
     python -m tools.runs result.json --out theirs.trec --split test
     python prepare.py --dataset evqa --root DIR --retrieved theirs.trec ...          # their candidates as our pools
-    python evaluate.py --data data/evqa --run runs/evqa --run-file EchoSight=theirs.trec       # their ranking as a row
+    python -m tools.trec --data data/evqa --run runs/evqa --run-file EchoSight=theirs.trec     # their ranking as a row
 
 Both projects write one JSON object, a query each, with the entities by url, best first:
 

@@ -1,4 +1,4 @@
-"""The rows of an evaluation, and what can be said of them: means, intervals, paired tests. numpy alone, no model.
+"""What can be said of the rows of an evaluation: means, intervals, paired tests, the operating curve. numpy alone.
 
     rows = read_rows("runs/world/eval", "test")                   # {"full": [...], "policy": [...], ...}
     study = Study({name: measures(rows[name], rows["full"]) for name in ("full", "policy")}, entities(rows["full"]))
@@ -15,75 +15,16 @@ Three rules for every number:
 Letters: Q queries, C entities ("clusters"), V columns of values, T tests.
 """
 
-import glob
-import json
-import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from rewards import metrics
-from scorer import InputError
 
-RANKED = ("query_id", "positives", "decision", "box", "scores", "labels")  # fields that these rows must have
-RETRIEVED = ("query_id", "decision", "scores", "labels")
-CROPS = ("query_id", "box", "iou", "containment")
 BLOCK = 500  # resamples at a time: BLOCK x C numbers are held, not all 10,000 x C
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
-
-def read_lines(path, needed=()):
-    """JSON lines as dicts. InputError naming file and line for one that is not whole or lacks a needed field."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error}); make the file anew") from error
-            missing = [name for name in needed if not isinstance(row, dict) or name not in row]
-            if missing:
-                raise InputError(f"{path}:{number}: no field {', '.join(missing)}; run evaluate.py again")
-            rows.append(row)
-    return rows
-
-
-def read_rows(folder, split, names=None):
-    """{name: rows} of an eval folder, all files or those of `names`; a row is a dict, a line of its file.
-
-    A name is a method ("policy": evaluate.py), a method by another scorer ("policy@clip": tools/rescore.py), the crops
-    of a method ("policy.quality": tools/crop_quality.py), or a view that retrieved anew ("retrieval/policy":
-    tools/retrieve.py). FileNotFoundError for a name that has no file, "full" where no names are given; InputError
-    for a damaged line.
-    """
-    found = {}
-    for place in ("", "retrieval/"):
-        start = os.path.join(folder, place + split + ".")
-        for path in sorted(glob.glob(glob.escape(start) + "*.jsonl")):
-            name = place + path[len(start):-len(".jsonl")]
-            if names is None or name in names:
-                needed = CROPS if name.endswith(".quality") else RETRIEVED if place else RANKED
-                found[name] = read_lines(path, needed)
-                check_scores(found[name], path)
-    for name in names or ("full",):
-        if not found.get(name):
-            place, _, method = name.rpartition("/")
-            raise FileNotFoundError(f"{os.path.join(folder, place, split)}.{method}.jsonl is missing or empty: run "
-                                    f"evaluate.py on split {split} first, with the method {method}")
-    return found
-
-
-def check_scores(rows, path):
-    """InputError for a row whose scores are not finite numbers, one a label."""
-    for number, row in enumerate(rows, 1):
-        scores, labels = row.get("scores", []), row.get("labels", [])
-        whole = isinstance(scores, list) and isinstance(labels, list) and len(scores) == len(labels)
-        # A NaN compares false, also with infinity.
-        if not whole or not all(isinstance(s, (int, float)) and abs(s) < np.inf for s in scores):
-            raise InputError(f"{path}:{number}: the scores of query {row['query_id']!r} must be finite numbers, one a "
-                             "label; run evaluate.py again")
-
 
 def measures(rows, full_rows):
     """{measure: float64 [Q]} of one method's rows; NaN = not defined there, so that every mean skips it.
@@ -118,6 +59,23 @@ def entities(rows):
     """int [Q]: which entity a query is about, by its first positive. A query without one stands for itself."""
     names = [row["positives"][0] if row["positives"] else f"query {row['query_id']}" for row in rows]
     return np.unique(names, return_inverse=True)[1]
+
+
+def operating_curve(p, full, always):
+    """MRR, CondR@1 and crop rate for every threshold on p(REGION | x): a list of points, or None where no p is known.
+
+    p [Q]: NaN where there is no box to crop to. full, always: measures of the full image and of the forced boxes. At a
+    threshold t a query is cropped where p > t, so no model is asked again. Thresholds: 0, 0.5 and 39 quantiles of p,
+    rising; the last one crops nothing.
+    """
+    if np.isnan(p).all():
+        return None
+    points = []
+    for threshold in np.unique([0, .5, *np.nanquantile(p, np.linspace(0, 1, 39))]):
+        crops = p > threshold  # [Q] a NaN compares false
+        points.append({"threshold": float(threshold), "crop_rate": float(crops.mean()), **{
+            measure: mean(np.where(crops, always[measure], full[measure])) for measure in ("MRR", "CondR@1")}})
+    return points
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
