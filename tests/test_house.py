@@ -255,8 +255,8 @@ def test_requirements():
     assert all(len(line) == 2 and re.fullmatch(r"[\d.]+", line[1]) for line in run + dev)
     assert {name for name, _ in run} == {"torch", "torchvision", "transformers", "open_clip_torch", "faiss-cpu",
                                          "pillow", "numpy"}
-    assert {name for name, _ in dev} == {"pytest", "pytest-xdist", "hypothesis", "peft", "matplotlib", "pytrec_eval-terrier", "pandas",
-                                         "jinja2", "tensorboard"}
+    assert {name for name, _ in dev} == {"pytest", "pytest-xdist", "hypothesis", "peft", "matplotlib", "pytrec_eval-terrier",
+                                         "pandas", "jinja2", "tensorboard", "dashscope"}
 
 
 def make(*arguments):

@@ -77,9 +77,9 @@ def build_config(tokenizer, tie=False):
         vision_end_token_id=ids["vision_end"])
 
 
-def build(folder, seed=0, single_digits=True, tie=False, max_pixels=28 * 28 * 40):
+def build(folder, seed=0, single_digits=True, tie=False, max_pixels=28 * 28 * 40, tokenizer=None):
     """Write the tiny policy into `folder` (created); returns the folder as a string."""
-    tokenizer = build_tokenizer(single_digits)
+    tokenizer = tokenizer or build_tokenizer(single_digits)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, tie))
     with torch.no_grad():
