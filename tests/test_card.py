@@ -54,6 +54,13 @@ def test_image_size_and_dtype_of_the_run_are_told():
     assert 'adapter="THIS FOLDER", system_prompt=PROMPT)' in card.card(CONFIG, {}, {}, "mit")
 
 
+@pytest.mark.parametrize("args, alone", [({"decode": "grammar", "hold": 1.0}, True), ({"decode": "free", "hold": 0}, True),
+                                         ({"decode": "grammar", "hold": 0.0}, False), ({}, False)])
+def test_it_says_whether_the_adapter_needs_our_grammar(args, alone):
+    text = card.card({**CONFIG, "args": {**CONFIG["args"], **args}}, {}, {}, "mit")
+    assert ("keep their form without" in text) == alone and ("its answers cannot be read" in text) != alone
+
+
 def test_the_card_lies_beside_the_adapter(tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.raises(SystemExit, match="config.json is missing: a card needs a finished run"):

@@ -83,7 +83,7 @@ def use(config):
     more = f", max_pixels={args['max_pixels']}" if args.get("max_pixels") else ""
     if args.get("policy_dtype"):
         more += f", dtype={json.dumps(args['policy_dtype'])}"
-    alone = args["decode"] == "free" or args.get("hold", 0) > 0  # runs of before had no --hold
+    alone = args.get("decode") == "free" or args.get("hold", 0) > 0  # runs of before had no --hold
     return [
         "```python", "from policy import load_policy",
         f"policy = load_policy({json.dumps(config['policy'])}, adapter=\"THIS FOLDER\"{more}, system_prompt=PROMPT)",
