@@ -170,23 +170,15 @@ def refused(arguments, *more):
 
 # --------------------------------------------------------------------------------------------------- the whole stage
 
-def test_ranks_by_hand(world):
-    arguments, _ = world
-    run_main(arguments)
-    assert ranks(arguments, "full") == [2, 1, 5, 3]
-    assert ranks(arguments, "policy") == [1, 1, 5, 3]    # q0 fixed; q1 kept; q3 looked at the wrong half
-    assert ranks(arguments, "always") == [1, 2, 5, 3]    # the same boxes also spoil q1
-    assert ranks(arguments, "zeroshot") == [2, 1, 5, 3]  # never crops
-    assert ranks(arguments, "zeroshot_always") == [1, 2, 5, 3]
-    assert ranks(arguments, "oracle") == [1, 1, 5, 1]
-    assert ranks(arguments, "truth") == [1, 2, 5, 1]     # q2 has none
-    assert ranks(arguments, "center") == [2, 1, 5, 3]    # the middle is half red, half blue, as the whole
-    assert rows_of(arguments, "center")[0]["box"] == [16, 16, 48, 48]
-
-
-def test_numbers_by_hand(world):
+def test_ranks_rows_and_numbers_by_hand(world):
     arguments, _ = world
     result = run_main(arguments)
+    wanted = {"full": [2, 1, 5, 3], "policy": [1, 1, 5, 3],  # q0 fixed; q1 kept; q3 looked at the wrong half
+              "always": [1, 2, 5, 3], "zeroshot_always": [1, 2, 5, 3],  # the same boxes also spoil q1
+              "zeroshot": [2, 1, 5, 3], "oracle": [1, 1, 5, 1], "truth": [1, 2, 5, 1],  # q2 has no true box
+              "center": [2, 1, 5, 3]}  # the middle is half red, half blue, as the whole
+    assert {name: ranks(arguments, name) for name in wanted} == wanted
+    assert rows_of(arguments, "center")[0]["box"] == [16, 16, 48, 48]
     policy, always, full = (result["methods"][name] for name in ("policy", "always", "full"))
     assert full["CondR@1"] == pytest.approx(1 / 3) and full["R@1"] == pytest.approx(1 / 4)  # q2 has no positive
     assert full["MRR"] == pytest.approx((1 / 2 + 1 + 0 + 1 / 3) / 4)
@@ -203,10 +195,6 @@ def test_numbers_by_hand(world):
     assert (result["K"], result["queries"], result["with_positive"]) == (4, 4, 3)
     assert (result["seed"], result["training_seed"], result["decode"]) == (0, 5, "grammar")
 
-
-def test_rows_by_hand(world):
-    arguments, _ = world
-    run_main(arguments)
     rows = rows_of(arguments, "policy")
     q0, q1, q2, _ = rows
     assert list(q0) == FIELDS
@@ -299,20 +287,17 @@ def test_metrics_come_last(world, monkeypatch):
     assert not Path(f"{arguments[3]}/eval/test.actions.part").exists()
 
 
-def test_other_folders_for_the_adapter_and_the_files(world, tmp_path):
+def test_folders_of_ones_own(world, tmp_path, monkeypatch):
     arguments, loaded = world
     best = (tmp_path / "run" / "adapter").rename(tmp_path / "run" / "adapter_best")
     evaluate.main([*arguments, "--out", str(tmp_path / "elsewhere"), "--methods", "policy", "--adapter", str(best)])
     assert (tmp_path / "elsewhere" / "metrics.json").exists() and not (tmp_path / "run" / "eval").exists()
     assert loaded.asked == [("scripted", str(best))]
-
-
-@pytest.mark.parametrize("spelt", ["{}/", "./{}", "{}//"])
-def test_one_name_for_one_run(world, tmp_path, monkeypatch, spelt):
     monkeypatch.chdir(tmp_path)
-    evaluate.main(["--data", spelt.format("data"), "--run", spelt.format("run"), "--methods", "full"])
-    result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
-    assert (result["run"], result["data"]) == ("run", "data")
+    for spelt in ("{}/", "./{}", "{}//"):  # one name for one run
+        evaluate.main(["--data", spelt.format("data"), "--run", spelt.format("run"), "--methods", "full"])
+        result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
+        assert (result["run"], result["data"]) == ("run", "data")
     assert evaluate.parse_args(["--run", "a/../b/"]).run == "a/../b"  # a may be a link
 
 
@@ -385,50 +370,39 @@ def test_run_without_adapter_or_config(world, tmp_path):
     assert run_main(nowhere, "--methods", "zeroshot", "--policy", "scripted")["models"]["policy"] == "scripted"
 
 
-@pytest.mark.parametrize("content, message", [("{cut", "put it back"), ("[1]", "put it back"),
-                                              ('{"policy": "x"}', "trained on None (pools None)")])
-def test_damaged_config_of_the_run_is_named(world, tmp_path, content, message):
-    (tmp_path / "run" / "config.json").write_text(content)
-    assert message in refused(world[0])
-
-
-def test_policy_that_cannot_be_loaded_is_told_in_one_line(world, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: (_ for _ in ()).throw(ValueError("no such model")))
-    assert "no such model" in refused(world[0])
-
-
-def test_pools_of_another_scorer_are_refused(world):
+def test_damaged_config_unknown_policy_other_scorer(world, tmp_path, monkeypatch):
     arguments, loaded = world
+    whole = (tmp_path / "run" / "config.json").read_text()
+    for content, message in (("{cut", "put it back"), ("[1]", "put it back"),
+                             ('{"policy": "x"}', "trained on None (pools None)")):
+        (tmp_path / "run" / "config.json").write_text(content)
+        assert message in refused(arguments)
+    (tmp_path / "run" / "config.json").write_text(whole)
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: (_ for _ in ()).throw(ValueError("no such model")))
+    assert "no such model" in refused(arguments)
     loaded.scorer.fingerprint = lambda: np.array([0, 1, 0], np.float32)
     assert "was prepared with scorer colours" in refused(arguments)
 
 
-def test_no_truth_no_oracle(world, tmp_path, capsys):
+def test_truth_that_is_missing_shared_or_damaged(world, tmp_path, capsys):
     arguments, _ = world
-    (tmp_path / "raw" / "truth.jsonl").unlink()
+    data, path = load_data(arguments[1], "test"), tmp_path / "raw" / "truth.jsonl"
+    data.queries = [data.queries[0], SimpleNamespace(image="q0.png"), SimpleNamespace(image="q9.png")]
+    assert evaluate.read_truth(data) == {i: {"image": "q0.png", "box": LEFT, "kind": "species"} for i in (0, 1)}
+    whole = path.read_text()
+    for line in ("{cut", "[1]", '{"image": "q2.png", "box": [1, 2, 3], "kind": "x"}',
+                 '{"image": "q0.png", "box": 7, "kind": "x"}', '{"image": "q0.png", "box": [1, 2, 3, 4]}',
+                 '{"image": "q0.png", "box": [1, 2, "a", 4], "kind": "x"}', '{"box": [1, 2, 3, 4], "kind": "x"}',
+                 '{"image": "q0.png", "box": [5, 5, 5, 9], "kind": "x"}',
+                 '{"image": "q0.png", "box": [0, 5, 5, 5], "kind": "x"}',
+                 '{"image": "q0.png", "box": [0, 0, Infinity, 9], "kind": "x"}'):
+        path.write_text(whole + line + "\n")
+        assert "truth.jsonl:4: needs image, kind and a box" in refused(arguments)
+    path.unlink()
     result = run_main(arguments)
     assert list(result["methods"]) == [*ALL[:-1]] and result["gap_closed"] is None
     assert "no oracle row" in capsys.readouterr().out
     assert "oracle needs truth.jsonl" in refused(arguments, "--methods", "oracle")
-
-
-@pytest.mark.parametrize("line", ["{cut", "[1]", '{"image": "q2.png", "box": [1, 2, 3], "kind": "x"}',
-                                  '{"image": "q0.png", "box": 7, "kind": "x"}',
-                                  '{"image": "q0.png", "box": [1, 2, 3, 4]}',
-                                  '{"image": "q0.png", "box": [1, 2, "a", 4], "kind": "x"}',
-                                  '{"image": "q0.png", "box": [5, 5, 5, 9], "kind": "x"}',
-                                  '{"image": "q0.png", "box": [0, 5, 5, 5], "kind": "x"}',
-                                  '{"image": "q0.png", "box": [0, 0, Infinity, 9], "kind": "x"}'])
-def test_damaged_truth_names_the_line(world, tmp_path, line):
-    with open(tmp_path / "raw" / "truth.jsonl", "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    assert "truth.jsonl:4: needs image, kind and a box" in refused(world[0])
-
-
-def test_truth_of_an_image_that_two_queries_share(world):
-    data = load_data(world[0][1], "test")
-    data.queries = [data.queries[0], SimpleNamespace(image="q0.png"), SimpleNamespace(image="q9.png")]
-    assert evaluate.read_truth(data) == {i: {"image": "q0.png", "box": LEFT, "kind": "species"} for i in (0, 1)}
 
 
 @pytest.mark.parametrize("wrong", [
@@ -483,13 +457,9 @@ def test_goes_on_after_a_kill(world, tmp_path):
     assert policy.passes == 5 + 2 + 4  # then q2 and q3 by both passes; q1 never again
     assert again == whole and {name: without_seconds(rows_of(arguments, name)) for name in rows} == rows
     assert not part.exists()
-
-
-def test_answers_are_in_the_file_at_once(tmp_path):
-    """A kill -9 closes nothing in order."""
-    answers = evaluate.Answers(tmp_path / "part", {})
+    answers = evaluate.Answers(part, {})  # a kill -9 closes nothing in order: what is added is in the file at once
     answers.add({("base", 3): [1, None]})
-    assert evaluate.Answers(tmp_path / "part", {}) == {("base", 3): [1, None]} and answers.file
+    assert evaluate.Answers(part, {}) == {("base", 3): [1, None]} and answers.file
 
 
 @pytest.mark.parametrize("change", ["adapter", "config", "--policy-dtype", "--decode", "--zeroshot-policy", "--policy"])
@@ -536,8 +506,8 @@ def test_unreadable_image_keeps_its_row(world, tmp_path, how, capsys):
 
 def test_views_against_the_plain_way(tmp_path):
     """Batches, shared views and skipped encodes against a loop that does everything for every query and method."""
-    data, scorer = load_data(build(tmp_path)[1], "test"), ColourScorer()
-    rng = np.random.default_rng(0)
+    data, scorer, rng = load_data(build(tmp_path)[1], "test"), ColourScorer(), np.random.default_rng(0)
+    data.full = rng.random((4, 3), np.float32)  # no two full images alike
 
     def draw():
         x, y = np.sort(rng.integers(0, 64, (2, 2)), axis=1) + (0, 1)

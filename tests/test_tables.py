@@ -102,13 +102,15 @@ def test_texts_and_missing_texts(rows, tmp_path, monkeypatch):
     assert rows_of(arguments, "full@blind-to-red")[0]["scores"][2] == pytest.approx(wanted, abs=1e-6)
 
 
-def test_unreadable_query_keeps_the_pools_order(world, rows, tmp_path):  # noqa: F811
+def test_unreadable_query_keeps_the_pools_order(rows, tmp_path):
     arguments, _ = rows
     (tmp_path / "raw" / "q0.png").unlink()
     run_main(arguments)
     rescore.main([*arguments, "--scorer", "blind to red"])
     found = rows_of(arguments, "policy@blind-to-red")
     assert found[0]["rank"] == 2 and found[0]["unreadable"] and len(found) == 4  # red is second in the pool
+    (tmp_path / "raw" / "e0.png").unlink()  # a candidate's
+    assert "e0.png" in refused(rescore, arguments, "--scorer", "blind to red")
 
 
 def test_fuse_by_hand(rows, capsys):
@@ -128,11 +130,9 @@ def test_fuse_by_hand(rows, capsys):
 
 @pytest.mark.parametrize("weight, like", [("0", "full"), ("1", "policy")])
 def test_fuse_ends(rows, weight, like):
-    arguments, _ = rows
-    rescore.main([*arguments, "--fuse", weight, "--batch-size", "1"])
-    for fused, plain in zip(rows_of(arguments, "policy+fuse"), rows_of(arguments, like), strict=True):
-        assert fused["scores"] == pytest.approx(plain["scores"], abs=1e-6)
-        assert fused["rank"] == plain["rank"]
+    rescore.main([*rows[0], "--fuse", weight, "--batch-size", "1"])
+    for fused, plain in zip(rows_of(rows[0], "policy+fuse"), rows_of(rows[0], like), strict=True):
+        assert fused["scores"] == pytest.approx(plain["scores"], abs=1e-6) and fused["rank"] == plain["rank"]
 
 
 @pytest.mark.parametrize("name, part", [("a/b@1", "a-b-1"), ("open_clip:ViT-B-32/openai", "open_clip-ViT-B-32-openai"),
@@ -187,11 +187,6 @@ def test_first_queries_alone(rows, tool, more):
     tool.main([*arguments, *more])
 
 
-def test_candidate_image_that_is_gone(rows, tmp_path):
-    (tmp_path / "raw" / "e0.png").unlink()
-    assert "e0.png" in refused(rescore, rows[0], "--scorer", "blind to red")
-
-
 # ------------------------------------------------------------------------------------------------ Table 7: the regions
 
 def test_regions_against_true_boxes(rows, capsys):
@@ -223,20 +218,16 @@ def test_no_targets_at_all(rows, tmp_path, capsys):
     assert "no crop has a target" in printed and "by kind" not in printed
 
 
-@pytest.mark.parametrize("box, target, value", [
-    ((0, 0, 10, 10), (0, 0, 10, 10), 1), ((0, 0, 10, 10), (2, 3, 10.2, 8), 0), ((0, 0, 10, 10), (2, 3, 8, 10.2), 0),
-    ((.7, .2, 9.1, 9.9), (0, 0, 10, 10), 1),  # the crop takes whole pixels: 0, 0, 10, 10
-    ((1, 0, 10, 10), (0, 0, 10, 10), 0), ((0, 1, 10, 10), (0, 0, 10, 10), 0)])
-def test_contains(box, target, value):
-    assert crop_quality.contains(box, target) == value
-
-
-@pytest.mark.parametrize("question, word", [
-    ("Where does this beetle live?", "beetle"), ("What is the closest parent taxonomy of this bird-of-prey?",
-                                                 "bird-of-prey"),
-    ("Who designed the building?", "building"), ("THIS Moth eats what?", "moth"), ("What is it?", None), ("", None)])
-def test_keyword(question, word):
-    assert crop_quality.keyword(question) == word
+def test_contains_and_keyword():
+    contained = {((0, 0, 10, 10), (0, 0, 10, 10)): 1, ((0, 0, 10, 10), (2, 3, 10.2, 8)): 0,
+                 ((0, 0, 10, 10), (2, 3, 8, 10.2)): 0, ((1, 0, 10, 10), (0, 0, 10, 10)): 0,
+                 ((0, 1, 10, 10), (0, 0, 10, 10)): 0,
+                 ((.7, .2, 9.1, 9.9), (0, 0, 10, 10)): 1}  # the crop takes whole pixels: 0, 0, 10, 10
+    assert {pair: crop_quality.contains(*pair) for pair in contained} == contained
+    words = {"Where does this beetle live?": "beetle", "Who designed the building?": "building", "What is it?": None,
+             "What is the closest parent taxonomy of this bird-of-prey?": "bird-of-prey", "": None,
+             "THIS Moth eats what?": "moth"}
+    assert {question: crop_quality.keyword(question) for question in words} == words
 
 
 def test_proxy_targets(rows, tmp_path, monkeypatch, capsys):
@@ -436,18 +427,19 @@ def their_run(folder, ranked={"q0": [1, 0, 2, 3], "q1": [3, 1], "q3": [2, 9, 0]}
     return path
 
 
-def test_run_file_by_hand(rows, tmp_path, capsys):
+def test_run_file_by_hand_and_by_trec_eval(rows, tmp_path, capsys):
     """q0: red first, rank 1. q1: green, red, then the missing purple (positive), blue: rank 3. q2: not in the file, and
-    no positive anyway: 5. q3: blue (positive) first; entity 9 is passed over."""
+    no positive anyway: 5. q3: blue (positive) first; entity 9 is passed over. And trec_eval's own code gives our
+    numbers for every method, also with ties, which it would break by name."""
     arguments, _ = rows
-    before = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
+    folder = tmp_path / "run" / "eval"
+    before = read_json(folder / "metrics.json", "")
     trec.main([*arguments, "--run-file", f"Their-1={their_run(tmp_path)}"])
     assert ranks(arguments, "Their-1") == [1, 3, 5, 1]
-    result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
-    counts = {"file": "their.trec", "queries": 3, "queries_missing": 1, "candidates_missing": 2 + 2, "outside_pool": 1,
-              "queries_unknown": 0}
-    assert result["external"] == {"Their-1": counts} and result["methods"].pop("Their-1")["crop_rate"] == 0
-    assert {**before, "external": result["external"]} == result  # and all else stays
+    result = read_json(folder / "metrics.json", "")
+    assert result["external"] == {"Their-1": {
+        "file": "their.trec", "queries": 3, "queries_missing": 1, "candidates_missing": 2 + 2, "outside_pool": 1,
+        "queries_unknown": 0}}
     row = rows_of(arguments, "Their-1")[1]
     assert row["decision"] == "FULL" and row["margin"] is None and row["full_margin"] is not None
     assert row["scores"] == [0, 3, 0, 4] and row["seconds"] is None and row["kind"] == "landmark"
@@ -458,21 +450,17 @@ def test_run_file_by_hand(rows, tmp_path, capsys):
     # MRR (1 + 1/3 + 0 + 1) / 4; R@1 of 2 in 4 queries, CondR@1 of 2 in 3.
     assert "Their-1            0.583   0.625    50.0    75.0    75.0    75.0 |    0.667    1.000    1.000  |" in printed
 
-
-def test_trec_eval_gives_our_numbers(rows, tmp_path):
-    """trec_eval's own code, on our files, gives our numbers: also with ties, which it would break by name."""
-    arguments, _ = rows
-    trec.main([*arguments, "--run-file", f"their={their_run(tmp_path)}"])
-    result = read_json(tmp_path / "run" / "eval" / "metrics.json", "")
-    with open(f"{arguments[3]}/eval/test.qrels") as file:
+    with open(folder / "test.qrels") as file:
         evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(file), {"recip_rank", "ndcg", "recall.1,5"})
-    assert list(result["methods"]) == [*ALL, "their"] and (tmp_path / "run" / "eval" / "test.truth.trec").exists()
+    assert list(result["methods"]) == [*ALL, "Their-1"] and (folder / "test.truth.trec").exists()
     for name, ours in result["methods"].items():
-        with open(f"{arguments[3]}/eval/test.{name}.trec") as file:
+        with open(folder / f"test.{name}.trec") as file:
             found = evaluator.evaluate(pytrec_eval.parse_run(file))
         assert len(found) == 4
         for key, theirs in (("MRR", "recip_rank"), ("NDCG", "ndcg"), ("R@1", "recall_1"), ("R@5", "recall_5")):
             assert np.mean([row[theirs] for row in found.values()]) == pytest.approx(ours[key]), (name, key)
+    assert result["methods"].pop("Their-1")["crop_rate"] == 0
+    assert {**before, "external": result["external"]} == result  # all else stays
 
 
 def test_ids_verbatim_or_quoted(tmp_path):

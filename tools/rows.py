@@ -133,17 +133,11 @@ def open_rows(args, methods=None, needed=()):
     return data, result, {name: rows[name] for name in names}, actions
 
 
-def own_scorer(data, device):
-    """The scorer that the data was prepared with."""
+def encode_crops(data, actions, device, batch_size):
+    """(i, feature [D] by the data's own scorer) of each query that one method crops."""
     then = data.manifest["scorer"]
     scorer = load_scorer(then["name"], device, then["dtype"])
     same_scorer(data.folder, data.manifest, scorer)
-    return scorer
-
-
-def encode_crops(data, actions, device, batch_size):
-    """(i, feature [D] by the data's own scorer) of each query that one method crops."""
-    scorer = own_scorer(data, device)
     crops = [(i, action.box) for i, action in enumerate(actions) if action.decision == "REGION"]
     for start in tqdm(range(0, len(crops), batch_size), desc="encode", unit="batch", disable=None):
         for (i, _), feature in encode_views(data, scorer, crops[start:start + batch_size])[0].items():
