@@ -74,19 +74,18 @@ def test_repeated_log_probs_are_ours(world):
 
 
 @pytest.mark.parametrize("rows", [4, 1])
-def test_both_updates_have_the_gradients_of_train(world, args, rows):
+def test_both_updates_have_the_gradients_of_train(world, rows):
     """So the numbers are those of train.py's step, and the two sides of the comparison do the same."""
     policy, part = world.policy, (world.prompts, world.groups)
     tables = tuple(torch.stack(columns) for columns in zip(*world.advantages))
-    settings = SimpleNamespace(beta=0.0, norm="token", inner_steps=1, micro=1, max_grad_norm=1.0, temperature=1.0,
-                               clip=0.2)
+    settings = SimpleNamespace(beta=0.0, norm="token", inner_steps=1, micro_tokens=1, max_grad_norm=1.0, temperature=1.0,
+                               clip=0.2, hold=0.0, decode="grammar", queries=2)
     wanted = gradients(policy, lambda o: train.update(policy, o, *part, tables, settings, ["a", "b"]))
-    ours = bench.pack(*part, world.advantages)
-    assert close(gradients(policy, lambda o: bench.update(policy, o, ours, policy.log_probs)), wanted)
+    args = bench.parse_args([*TINY, "--hold", "0"])
+    assert close(gradients(policy, lambda o: bench.update(policy, o, *part, world.advantages, args)), wanted)
     theirs = bench.unpack(*part, world.counts, world.advantages, rows)
     assert max(len(groups[0]) for _, groups, _ in theirs) == rows
-    assert close(gradients(policy, lambda o: bench.update(
-        policy, o, theirs, lambda *piece: bench.repeated_log_probs(policy, *piece))), wanted)
+    assert close(gradients(policy, lambda o: bench.repeated_update(policy, o, theirs)), wanted)
 
 
 def test_rewards_and_advantages_are_those_of_train(args):
@@ -119,7 +118,7 @@ def test_generate_writes_whole_answers(world, args):
 def test_passes_are_counted_with_their_weights(attention):
     """By hand: 2 operations a weight and token, 4 a pair of tokens, layer and width; backward through frozen weights
     has the products once more, and the attention's two products twice (the fused kernel makes one of them again)."""
-    config = bench.build_config("mini", bench.build_processor(64).tokenizer)
+    config = bench.build_config("mini", bench.build_processor("mini", 64).tokenizer)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).requires_grad_(False).model
     weights = {name: sum(p.numel() for n, p in module.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
                for name, module in (("text", model.language_model), ("image", model.visual))}
@@ -166,9 +165,9 @@ def test_ours_counts_less_work_than_the_repeated_way():
     ours, theirs = work("update"), work("update_repeated")
     assert len(ours) == len(theirs) == 2 and 3 < sum(o for o, _ in theirs) / sum(o for o, _ in ours) < 5
     assert work("update_repeated", "--rows", "2")[0][0] == pytest.approx(theirs[0][0] / 2, rel=0.1)  # the image tower
-    # The prompt, image first, then steps of one token that cost little and wait for the weights.
-    image, prompt, *steps = work("rollout")
-    assert 6 <= len(steps) <= 16 and all(step[0] < prompt[0] / 20 and step[1] == prompt[1] for step in steps)
+    # The system's turn, the prompt with its image first, then steps of one token: they cost little, wait for the weights.
+    system, image, prompt, *steps = work("rollout")
+    assert 6 <= len(steps) <= 16 and all(step[0] < system[0] / 20 and step[1] == prompt[1] for step in steps)
     assert len(work("rollout_repeated")) - 2 > 2 * len(steps)  # every token is a step
 
 

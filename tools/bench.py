@@ -34,10 +34,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLC
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import rgrpo
+import train
 from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Action, Draft, Policy, suit_cuda
 from rewards import reward
 from scorer import EvaClip, EvaClipConfig, Preprocess, Scorer, crop, scores, write_json
 from tools.meter import Meter, describe, floor_seconds, measure_peaks, start_case
+from tools.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 20  # candidates of a pool (Sec. 4.1)
@@ -98,6 +100,7 @@ def parse_args(argv=None, cases=None, default=None, doc=__doc__, out="bench/{mod
     shape.add_argument("--targets", choices=("all", "language"), default="all",
                        help="LoRA on all linear layers (App. B) | on the language model's: image features are kept")
     shape.add_argument("--dropout", type=float, default=0.1, help="of LoRA, in the update")
+    shape.add_argument("--hold", type=float, default=1.0, help="as in train.py; ours alone")
     shape.add_argument("--scorer-batch", type=at_least(1), default=64, help="images of a pass in the case encode")
     shape.add_argument("--batches", type=at_least(1), nargs="+", default=[1, 2, 4, 8],
                        help="queries of an inference batch")
@@ -108,6 +111,7 @@ def parse_args(argv=None, cases=None, default=None, doc=__doc__, out="bench/{mod
     # train.py takes eager on a CPU, where images are small; at 1,000 visual tokens that is 3.5 times slower.
     machine.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="eager keeps T x T tables")
     machine.add_argument("--checkpointing", action="store_true", help="activation checkpointing in every update")
+    machine.add_argument("--micro-tokens", type=at_least(1), default=8192, help="tokens of one backward pass of ours")
     machine.add_argument("--rows", type=at_least(1), help="completions of one backward pass in the repeated ways; "
                          "default the group, halved on CUDA until it fits; on a CPU give what memory holds")
     machine.add_argument("--repeat", type=at_least(1), default=3, help="timed repeats of a case; medians are compared")
@@ -126,15 +130,16 @@ def parse_args(argv=None, cases=None, default=None, doc=__doc__, out="bench/{mod
 # ---------------------------------------------------------------------------------------------- models and inputs
 
 
-def build_processor(visual_tokens):
+def build_processor(model, visual_tokens):
     """mini/policy's processor for images of `visual_tokens` tokens, with a tokenizer that knows the prompt's words.
 
-    The published tokenizer has whole English words; the small one would spell Table 10 in 1,000 tokens instead of 400.
-    So it is trained anew on the very text, with its rules kept: digits stay tokens of their own.
+    The 3B gets Qwen's own (tools/vocabulary.py). For smaller tables one is trained on the very text, with its rules
+    kept, digits are tokens of their own: the stand-in's would spell Table 10 in 1,000 tokens instead of 400.
     """
     old = AutoProcessor.from_pretrained(ROOT / "mini" / "policy")
     words = [SYSTEM_PROMPT, FULL_TEXT, REGION_TEXT % (1, 2, 3, 4), "system user assistant", question(1)]
-    tokenizer = old.tokenizer.train_new_from_iterator(words * 20, vocab_size=2000, show_progress=False)
+    tokenizer = load_tokenizer() if model == "3b" else old.tokenizer.train_new_from_iterator(
+        words * 20, vocab_size=2000, show_progress=False)
     old.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": visual_tokens * 28 * 28}
     return Qwen2_5_VLProcessor(old.image_processor, tokenizer, old.video_processor, chat_template=old.chat_template)
 
@@ -159,7 +164,7 @@ def build_config(model, tokenizer):
 def build_policy(args, lora=True):
     """A Policy with random weights, LoRA as in App. B when `lora`, in eval mode."""
     torch.manual_seed(0)
-    processor = build_processor(args.visual_tokens)
+    processor = build_processor(args.model, args.visual_tokens)
     config = build_config(args.model, processor.tokenizer)
     with torch.device(args.device):  # made where they are needed: 3 B would take minutes on a CPU
         model = AutoModelForImageTextToText.from_config(
@@ -275,17 +280,24 @@ def judge(groups, counts, totals):
     return list(zip(*pair, weight))
 
 
-def update(policy, optimizer, pieces, log_probs):
-    """One optimiser step. pieces: one backward pass each, (prompts, groups, (decision [M], box [M], weight [M])).
+def update(policy, optimizer, prompts, groups, advantages, args):
+    """One optimiser step of train.py."""
+    settings = argparse.Namespace(
+        beta=0.0, hold=args.hold, decode="grammar", norm="token", inner_steps=1, max_grad_norm=1.0, temperature=1.0,
+        clip=0.2, queries=len(prompts), micro_tokens=args.micro_tokens)
+    tables = tuple(map(torch.stack, zip(*advantages)))                                                  # [B, n] each
+    train.update(policy, optimizer, prompts, groups, tables, settings, list(range(len(prompts))))
 
-    log_probs: policy.log_probs (ours) or `repeated_log_probs`, of equal results.
-    """
+
+def repeated_update(policy, optimizer, pieces):
+    """The same but for --hold, from `repeated_log_probs`. pieces: one backward pass each, (prompts, groups,
+    (decision [M], box [M], weight [M]))."""
     optimizer.zero_grad(set_to_none=True)
     total = sum(float(w) * sum(c.free) for _, groups, (*_, weight) in pieces
                 for c, w in zip((c for group in groups for c in group), weight))
     policy.train()
     for prompts, groups, advantages in pieces:
-        out = log_probs(prompts, groups)
+        out = repeated_log_probs(policy, prompts, groups)
         decision, box, weight = (a.to(out["logp"].device) for a in advantages)                          # [M] each
         token = torch.where(out["decision"], decision[:, None], box[:, None])                           # [M, T]
         value, _ = rgrpo.loss(out["logp"], out["logp"].detach(), token, out["mask"], weights=weight, total=total)
@@ -293,11 +305,6 @@ def update(policy, optimizer, pieces, log_probs):
     policy.eval()
     torch.nn.utils.clip_grad_norm_(policy.lora_parameters(), 1.0)
     optimizer.step()
-
-
-def pack(prompts, groups, advantages):
-    """Pieces for our update: a query a backward pass."""
-    return [([p], [g], a) for p, g, a in zip(prompts, groups, advantages)]
 
 
 # ---------------------------------------------------------------------------------------------- the repeated way
@@ -410,16 +417,18 @@ def update_inputs(args):
 
 
 def case_update(args, meter):
-    """Ours: a packed row a query."""
+    """Ours: rows of queries that share what their prompts begin with."""
     policy, optimizer, prompts, groups, _, advantages = update_inputs(args)
     if args.targets == "language":
         policy.log_probs(prompts, groups)  # features come from the rollout
-    pieces = pack(prompts, groups, advantages)
     meter.ready(*towers_of(policy))
     for _ in range(meter.turns):
         with meter.measure("update"):
-            update(policy, optimizer, pieces, policy.log_probs)
-    meter.counts = {"image_passes": len(prompts) * (args.targets == "all"), "rows": len(prompts)}
+            update(policy, optimizer, prompts, groups, advantages, args)
+    packs = policy.pack(prompts, groups, None, args.hold > 0, args.micro_tokens)
+    meter.counts = {"image_passes": len(prompts) * (args.targets == "all"), "passes": len(packs),
+                    "rows": sum(len(pack.layout.ids) for pack in packs),
+                    "tokens": sum(pack.layout.tokens for pack in packs)}
 
 
 def case_update_repeated(args, meter):
@@ -433,7 +442,7 @@ def case_update_repeated(args, meter):
         pieces = unpack(prompts, groups, counts, advantages, rows)
         for _ in range(meter.turns):
             with meter.measure("update"):
-                update(policy, optimizer, pieces, lambda *part: repeated_log_probs(policy, *part))
+                repeated_update(policy, optimizer, pieces)
 
     rows, every = halving(args.rows, run), len(prompts) * args.group
     meter.counts = {"image_passes": every, "rows": every, "rows_at_once": rows}
@@ -520,7 +529,7 @@ def case_step(args, meter):
             groups, counts = roll(policy, prompts, args, i)
             actions = [[c.action for c in group] for group in groups]
             totals, passes = rewards_of(scorer, images, actions, features[:, 0], features[:, 1:])
-            update(policy, optimizer, pack(prompts, groups, judge(groups, counts, totals)), policy.log_probs)
+            update(policy, optimizer, prompts, groups, judge(groups, counts, totals), args)
     meter.counts = {"scorer_passes": passes, "policy_parameters": policy.model.num_parameters(),
                     "scorer_parameters": sum(p.numel() for p in scorer.model.parameters()),
                     "lora_parameters": sum(p.numel() for p in policy.lora_parameters())}
