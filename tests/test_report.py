@@ -647,6 +647,7 @@ def test_without_data_and_with_a_lost_picture(tmp_path):
     assert "no pictures and titles:" in page and "data:image/jpeg" not in page and "candidate 3" in page
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a plot without anything in it
 @pytest.mark.parametrize("keep", [lambda rows: rows[:1], lambda rows: rows[:2],
                                   lambda rows: [row | {"labels": [0] * K} if "labels" in row else row for row in rows],
                                   lambda rows: [row | {"labels": [1] * K} if "labels" in row else row for row in rows]])

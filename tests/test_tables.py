@@ -210,6 +210,20 @@ def test_regions_against_true_boxes(rows, capsys):
     assert found["full"] == "1.000 0.0 - 0.0 0.0 0.000 0.0 - 0.0 0.0".split()
 
 
+def test_kind_of_a_query_without_a_positive(rows, tmp_path, capsys):
+    """One kind, the right half true everywhere: of four crops to the left (IoU 0) three are of queries with a positive,
+    and one of these three ranks it first."""
+    facts = [json.dumps({"image": f"q{i}.png", "box": RIGHT if i != 2 else LEFT, "kind": "x"}) for i in range(4)]
+    (tmp_path / "raw" / "truth.jsonl").write_text("\n".join(facts))
+    run_main(rows[0])
+    capsys.readouterr()
+    crop_quality.main(rows[0])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{'by kind':16}{'x, n = 3':^46}" in lines
+    always = next(line for line in reversed(lines) if line.startswith("always"))
+    assert always.split()[1:] == ["0.333", "100.0", "0.25", "33.3", "33.3"]  # the IoU is of all four
+
+
 def test_no_targets_at_all(rows, tmp_path, capsys):
     (tmp_path / "raw" / "truth.jsonl").unlink()
     run_main(rows[0])
@@ -488,5 +502,10 @@ def test_curve_goes_through_the_policys_own_choice(rows):
     assert [at_half[name] for name in ("crop_rate", "MRR", "CondR@1")] == [
         run.study.mean("policy", measure) for measure in ("crop", "MRR", "CondR@1")]
     assert {point["crop_rate"] for point in run.curve["zeroshot"]} == {0, 1}
+    path = f"{rows[0][3]}/eval/test.always.jsonl"
+    first, *others = rows_of(rows[0], "always")
+    evaluate.write_rows(path, [{**first, "decision": "MALFORMED", "box": None}, *others])  # q0 has p and nothing to crop
+    run = report.open_run(report.parse_args(["--run", rows[0][3], "--resamples", "100"]))
+    assert run.curve["policy"][0]["crop_rate"] == 3 / 4
     run_main(rows[0], "--methods", "policy")  # no forced boxes
     assert not report.open_run(report.parse_args(["--run", rows[0][3], "--resamples", "100"])).curve
