@@ -4,35 +4,26 @@
     python prepare.py --dataset evqa --root ~/evqa --scorer BAAI/EVA-CLIP-8B --out data/evqa --limit 500   # a trial
     torchrun --nproc_per_node=8 prepare.py --dataset infoseek --root ~/infoseek --scorer FOLDER --out data/infoseek
 
-Reads the benchmarks as users have them. Below --root, and where other names are in use, a flag:
+Reads below --root, or where a flag says:
 
     {train,val,test}.csv                    E-VQA's questions; columns are found by name
-    infoseek_{train,test}_filtered.csv      InfoSeek in the same columns, as EchoSight gives it, or the official files:
-    infoseek_{train,val}.jsonl, infoseek_{train,val}_withkb.jsonl, and Wiki6M_ver_1_0_title_only.jsonl if it is there
+    infoseek_{train,test}_filtered.csv      InfoSeek's in the same columns, as EchoSight gives them
     encyclopedic_kb_wiki.json               url -> title, section texts, image urls (InfoSeek: wiki_100_dict_v4.json)
-    url_to_path_mapping.json                image url -> path below the root; other sources: --kb-images
+    url_to_path_mapping.json                image url -> path below the root
     inat/{train,val}_id2name.json           iNaturalist image id -> path below inat/; may also lie beside inat/
-    landmarks/a/b/c/<id>.jpg, oven_images/04/oven_04925844.jpg, or flat, with any extension
+    landmarks/a/b/c/<id>.jpg, oven_images/04/oven_04925844.jpg, or flat (inat/<id>.jpg, too), with any extension
 
-`prepare` is the whole stage on one screen. Below it, in its order:
+tools/layouts.py makes these of what else is in use: InfoSeek's official files, iNaturalist's own lists, OMGM's tables.
 
-    read_questions    the rows of a split             question_file, official_infoseek, read_csv, read_jsonl
-    find_images       their image ids -> files        find_ids, find_files
-    read_kb           entities and their images       stream_json; image_files: image url -> file
-    embed             features, each made once        Features (on disk), embed_images, embed_texts
-    write_kb          the knowledge base's features
-    write_pools       K candidates a query            nearest_entities (exact), listed_entities (--retrieved)
-    write_manifest    what was done and left out      table
-
-What cannot be used is dropped, counted under one of REASONS, and shown: read = kept + dropped. An image is embedded
-once: its feature stays in OUT.work, so a run that was killed, or has other settings, or one more image, embeds only
-what is missing. manifest.json comes last: a killed run leaves nothing that looks whole. Of several processes each reads
-all and embeds its share; the first one then searches and writes. They speak by the files of OUT.work alone.
+`prepare` is the whole stage on one screen; the sections below it are its steps. What cannot be used is dropped, counted
+under one of REASONS, and shown: read = kept + dropped. An image is embedded once: its feature stays in OUT.work, so a
+run that was killed, or has other settings, or one more image, embeds only what is missing. manifest.json comes last: a
+killed run leaves nothing that looks whole. Of several processes each reads all and embeds its share; the first one then
+searches and writes. They speak by the files of OUT.work alone.
 """
 import argparse
 import csv
 import errno
-import gzip
 import hashlib
 import json
 import os
@@ -40,13 +31,13 @@ import re
 import shutil
 import sys
 import time
-import urllib.parse
 import zipfile
 import zlib
 from array import array
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import faiss
@@ -59,10 +50,10 @@ from tqdm import tqdm
 from scorer import (ARRAYS, InputError, Lines, Query, TooLarge, hold, load_scorer, normalise, read_image, read_trec,
                     replacing, trec_id, write_array, write_json, write_split)
 
-# Every reason for which something is left out. Some are counted apart by a detail, as "question_type '2_hop'".
+# Every reason for which something is left out. Some end with a detail, as "question_type '2_hop'".
 REASONS = (
     # a row of a question file
-    "question_type", "dataset_name", "question empty", "data_id repeated", "data_id not in the withkb file",
+    "question_type", "dataset_name", "question empty", "data_id repeated",
     "entity held out for val", "entity left to train",       # InfoSeek has no third split: val is cut out of train
     "image id unknown",                                      # to iNaturalist's list, or the row has none
     "query not in the run", "too few candidates in the run",  # of --retrieved
@@ -72,19 +63,19 @@ REASONS = (
     "image missing", "image unreadable", "image too large",
     # an entry of the knowledge base, with its images
     "entry repeated", "entry beyond --limit", "entry in no pool", "entry has no image",
-    "no image of the entry can be read",
+    "no image url of the entry is known", "no image of the entry can be read",
     # an image that an entry lists
-    "image url not in", "image name ambiguous", "image repeated in its entry")
+    "image url not in", "image repeated in its entry")
 FAULTS = ("", "image missing", "image unreadable", "image too large")  # what a state of Features says
 COLUMNS = ("question", "question_type", "dataset_name", "dataset_image_ids", "wikipedia_url")
 SINGLE_HOP = ("automatic", "templated", "multi_answer", "infoseek")  # what all prior work keeps
 KB_NAMES = {"infoseek": ("wiki_100_dict_v4.json", "encyclopedic_kb_wiki.json", "wiki_corpus.json"),
             "evqa": ("encyclopedic_kb_wiki.json", "wiki_corpus.json"), "world": ("encyclopedic_kb_wiki.json",)}
-WIKIPEDIA = "https://en.wikipedia.org/wiki/"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 NO_IMAGE, IN_NO_POOL = -1, -2  # of a positive in place of its entity
 CHUNK = 1 << 18        # characters of JSON read at once
 LONGEST = 1 << 28      # characters of an entry: what is longer is damaged, and would be read to its end in vain
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of an .npz that a disk error cut short
 PIECE = 4096           # images or texts a file of OUT.work: what a kill costs at most
 HELD_OUT = 100         # InfoSeek: one entity in so many goes to val
 SPARE = 5              # entities beyond K that are taken from a run, for those without a readable image
@@ -95,39 +86,37 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("files").add_argument
     add("--dataset", choices=("world", "evqa", "infoseek"), default="world", help="names to look for (default world)")
-    add("--root", default="raw/world", help="folder of the raw data (default raw/world)")
+    add("--root", default="raw/world", help="folder of the raw data, below which all files lie (default raw/world)")
     add("--out", default="data/world", help="folder to write (default data/world)")
     add("--splits", default="train,val,test", help="comma list out of train, val, test (default all)")
     add("--limit", type=int, default=0, metavar="N", help="a trial: the first N rows of each split, and of the "
         "knowledge base their positives and the first N (or 10 K) entries: easier than the real pools (default 0: all)")
-    add("--kb", help="knowledge base, relative to the root (default: the first known name there)")
-    add("--kb-images", default="url_to_path_mapping.json", help="where its images are, relative to the root: a .json "
-        "of url -> path (default), a folder with OMGM's wiki_image_url_part_*_processed.csv, or one with image files "
-        "called as in their urls (AToMiC's parquet: tools/atomic.py)")
-    add("--inat", default="inat", help="folder of iNaturalist 2021, relative to the root (default inat)")
-    add("--landmarks", default="landmarks", help="folder of Google Landmarks v2 train, likewise (default landmarks)")
-    add("--oven", help="folder of OVEN's images, likewise (default oven_images if it is there, else the whole root)")
+    add("--kb", help="knowledge base (default: the first known name)")
+    add("--kb-images", default="url_to_path_mapping.json", help=".json of image url -> path (default "
+        "url_to_path_mapping.json)")
+    add("--inat", default="inat", help="folder of iNaturalist 2021 (default inat)")
+    add("--landmarks", default="landmarks", help="folder of Google Landmarks v2 train (default landmarks)")
+    add("--oven", help="folder of OVEN's images (default oven_images if it is there, else the whole root)")
     add("--query-image", choices=("first", "any", "all"), default="first", help="of a row's up to five images the "
         "first, as prior work (default), the first that is there (any), or all: a query each, with ids ID.0, ID.1 ...")
     add = parser.add_argument_group("scorer (section 3.3)").add_argument
     add("--scorer", default="mini/scorer", help="folder, Hugging Face id or open_clip:NAME/TAG (default mini/scorer)")
-    add("--scorer-dtype", choices=("float32", "bfloat16", "float16"),
-        help="of its weights (default bfloat16 on CUDA, float32 on a CPU)")
+    add("--scorer-dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on CUDA, else float32")
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto: CUDA if there is any (default auto)")
     add("--batch-size", type=int, default=64, help="images or texts a forward pass (default 64)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that open images; 0: none, for a "
-        "small /dev/shm (default: as many as cores, at most 8)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that open images (default: a core "
+        "each, at most 8; 0: none, for a small /dev/shm)")
     add("--delete-features", action="store_true", help="remove OUT.work at the end; the next run then embeds all again")
     add = parser.add_argument_group("pools (sections 3.1 and 4.1)").add_argument
     add("--k", type=int, default=20, help="distinct entities a pool, >= 2 (default 20, the paper's)")
-    add("--text", choices=("release", "title", "lead", "caption"), default="release", help="t_j of Eq. 3, at most 500 "
-        "characters: title and three sections (release, default), title, title and first section, title and captions")
+    add("--text", choices=("release", "title", "lead", "caption"), default="release", help="t_j of Eq. 3: title and "
+        "three sections (release, default), title, title and first section, title and captions")
     add("--candidate-image", choices=("retrieved", "first"), default="retrieved",
         help="I_j of Eq. 3: the entity's image that matched best (default), or its first")
-    add("--top", choices=("entities", "images"), default="entities", help="the pool is the top K entities (default, "
-        "the paper), or only those among the top K images count as found (EchoSight; the rest is labelled 0)")
-    add("--retrieved", nargs="+", metavar="RUN", help="TREC runs of another engine (tools/echosight.py, mine.py, "
-        "runs.py): their first K entities are the pools, and only these are embedded")
+    add("--top", choices=("entities", "images"), default="entities", help="the pool is the top K entities (default), "
+        "or only those among the top K images count as found (EchoSight)")
+    add("--retrieved", nargs="+", metavar="RUN", help="TREC runs of another engine: their first K entities are the "
+        "pools, and only these are embedded")
     args = parser.parse_args(argv)
     args.splits = list(dict.fromkeys(args.splits.split(",")))  # a split named twice would count its drops twice
     if set(args.splits) - {"train", "val", "test"}:
@@ -179,9 +168,9 @@ def prepare(args):
     images, texts = (Features(work, kind, scorer, rank, world) for kind in ("image", "text"))
     for split in splits:
         paths = list(dict.fromkeys(row.image for row in split.rows))
-        split.place = dict(zip(paths, embed_images(args, scorer, images, paths, str, f"{split.name} images").tolist()))
-    kb.place = embed_images(args, scorer, images, kb.distinct, kb.files.path, "kb images")
-    kb.text_place = embed_texts(scorer, texts, kb)
+        split.place = dict(zip(paths, embed_images(args, scorer, images, paths, f"{split.name} images").tolist()))
+    kb.place = embed_images(args, scorer, images, list(kb.paths), "kb images")
+    kb.text_place = embed_texts(args, scorer, texts, kb)
     manifest = None
     if rank == 0:
         if world > 1:  # torchrun gives each process one thread, and the others have ended
@@ -201,12 +190,11 @@ class Drops:
     def __init__(self):
         self.counts, self.first = Counter(), {}
 
-    def add(self, reason, case, detail="", times=1):
-        assert reason in REASONS, reason
+    def add(self, reason, case, times=1):
+        assert reason.startswith(REASONS), reason
         if times:
-            reason = whole(f"{reason} {detail}".strip())
-            self.counts[reason] += times
-            self.first.setdefault(reason, whole(case))  # it is printed, and written to the manifest
+            self.counts[whole(reason)] += times
+            self.first.setdefault(whole(reason), whole(case))  # it is printed, and written to the manifest
 
 
 def whole(text):
@@ -219,6 +207,14 @@ def hash8(text):
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
 
 
+def first_file(args, names, remedy):
+    """Path of the first of these names that is a file below the root; FileNotFoundError where none is."""
+    for name in names:
+        if os.path.isfile(path := os.path.join(args.root, name)):
+            return path
+    raise FileNotFoundError(f"{os.path.join(args.root, ' or '.join(names))} is missing; {remedy}")
+
+
 # ---------------------------------------------------------------------------------------------------------- questions
 
 @dataclass(slots=True)
@@ -226,13 +222,11 @@ class Row:
     """A question that passed the reader."""
     query_id: str
     question: str
-    collection: str       # where its image is: inat/train, inat/val, landmarks or oven
-    image_ids: list       # of the collection, at least one
-    positives: tuple      # urls that its entity may have, the likeliest first; E-VQA: exactly one
-    title: str            # finds its entity where none of the urls is there; "" in E-VQA
-    where: str            # file:line, for messages
-    image: str = ""       # path below the root
-    positive: str = ""    # url of the entity
+    collection: str   # where its image is: inat/train, inat/val, landmarks or oven
+    image_ids: list   # of the collection, at least one
+    positive: str     # url of its entity
+    where: str        # file:line, for messages
+    image: str = ""   # path below the root
 
 
 @dataclass
@@ -259,101 +253,54 @@ def read_questions(args, name):
     order. As in prior work i does not depend on which images exist, so ids of two machines agree.
     """
     split, single_hop, ids = Split(name, question_file(args, name)), 0, set()
-    lines = official_infoseek(split.file) if split.file.endswith(".jsonl") else read_csv(split.file, COLUMNS)
     collections = {"inaturalist": f"inat/{'train' if name == 'train' else 'val'}",  # test rows use iNaturalist's val
                    "landmarks": "landmarks", "infoseek": "oven"}
-    for line, raw in islice(lines, args.limit or None):
+    for line, raw in islice(read_csv(split.file, COLUMNS), args.limit or None):
         where, kind, collection = f"{split.file}:{line}", raw["question_type"], collections.get(raw["dataset_name"])
-        # The url verbatim, as all prior work compares it: decoding %C3 and the like would merge entries.
-        urls = raw["urls"] if "urls" in raw else (raw["wikipedia_url"],)
         image_ids = [image_id.strip() for image_id in raw["dataset_image_ids"].split("|")]
         if kind == "infoseek" and "data_id" not in raw:
             raise InputError(f"{split.file}: column data_id is missing, InfoSeek's questions are known by it")
-        query_id, detail = raw["data_id"] if kind == "infoseek" else f"E-VQA_{name}_{single_hop}", ""
+        query_id = raw["data_id"] if kind == "infoseek" else f"E-VQA_{name}_{single_hop}"
         single_hop += kind in SINGLE_HOP
-        if kind not in SINGLE_HOP:
-            reason, detail = "question_type", repr(kind)
-        elif collection is None:
-            reason, detail = "dataset_name", repr(raw["dataset_name"])
-        elif not urls:
-            reason = "data_id not in the withkb file"
-        elif not image_ids[0]:
-            reason = "image id unknown"
-        elif not raw["question"].strip():
-            reason = "question empty"
-        elif query_id in ids:
-            reason = "data_id repeated"
-        elif args.dataset == "infoseek" and name != "test" and (name == "val") != (
-                zlib.crc32(urls[0].encode()) % HELD_OUT == 0):  # by entity; crc32 is the same everywhere
-            reason = "entity held out for val" if name == "train" else "entity left to train"
-        else:
-            reason = ""
-            ids.add(query_id)
+        # The url verbatim, as all prior work compares it: decoding %C3 and the like would merge entries.
+        positive, cut = raw["wikipedia_url"], args.dataset == "infoseek" and name != "test"
+        held_out = zlib.crc32(positive.encode()) % HELD_OUT == 0  # by entity; crc32 is the same everywhere
+        flaws = {f"question_type {kind!r}": kind not in SINGLE_HOP,
+                 f"dataset_name {raw['dataset_name']!r}": collection is None,
+                 "image id unknown": not image_ids[0],
+                 "question empty": not raw["question"].strip(),
+                 "data_id repeated": query_id in ids,
+                 "entity held out for val": cut and name == "train" and held_out,
+                 "entity left to train": cut and name == "val" and not held_out}
+        reason = next((reason for reason, holds in flaws.items() if holds), None)
         queries = [(query_id, image_ids)]
         if args.query_image == "all":
             queries = [(f"{query_id}.{n}", [image_id]) for n, image_id in enumerate(image_ids)]
         split.read += len(queries)
         if reason:
-            split.drops.add(reason, f"{where}: {query_id}", detail, len(queries))
+            split.drops.add(reason, f"{where}: {query_id}", len(queries))
         else:  # never question_original: it names the answer
-            split.rows += [Row(query, raw["question"], collection, ids_, urls, raw.get("title", ""), where)
-                           for query, ids_ in queries]
+            ids.add(query_id)
+            split.rows += [Row(query, raw["question"], collection, own, positive, where) for query, own in queries]
     return split
 
 
 def question_file(args, split):
-    """The file that holds a split's questions; FileNotFoundError naming those that would do."""
-    if args.dataset == "infoseek":  # "test" is the official val, as in everybody's numbers: test has no answers
-        names = ("infoseek_test_filtered.csv", "infoseek_val.jsonl") if split == "test" else (
-            "infoseek_train_filtered.csv", "infoseek_train.jsonl")
-    else:
-        names = (f"{split}.csv", "train_full_image_cleaned.csv")[:1 + (split == "train")]
-    for name in names:
-        if os.path.isfile(path := os.path.join(args.root, name)):
-            return path
-    raise FileNotFoundError(f"{os.path.join(args.root, names[0])}{''.join(f' (or {name})' for name in names[1:])} is "
-                            "missing; give the splits that you have with --splits")
-
-
-def official_infoseek(path):
-    """Yield (line number, row in E-VQA's columns) of infoseek_*.jsonl; urls empty where its withkb file has no entity.
-
-    The official files name an entity by its Wikidata id and title, the knowledge base by its url. The title is that of
-    Wiki6M if its file is there (titles change), else of withkb. Its urls: as is, percent-encoded, both with a capital.
-    """
-    titles, urls, folder = {}, {"": ()}, os.path.dirname(path)
-    entity_of = {row["data_id"]: (row["entity_id"], row["entity_text"]) for _, row in read_jsonl(
-        path.replace(".jsonl", "_withkb.jsonl"), ("data_id", "entity_id", "entity_text"))}
-    wanted = {entity for entity, _ in entity_of.values()}
-    for name in ("Wiki6M_ver_1_0_title_only.jsonl", "Wiki6M_ver_1_0.jsonl", "Wiki6M_ver_1_0.jsonl.gz"):
-        if os.path.isfile(file := os.path.join(folder, name)) and not titles:
-            titles = {row["wikidata_id"]: row["wikipedia_title"] for _, row in read_jsonl(
-                file, ("wikidata_id", "wikipedia_title")) if row["wikidata_id"] in wanted}
-    for line, row in read_jsonl(path, ("data_id", "image_id", "question")):
-        entity, text = entity_of.get(row["data_id"], ("", ""))
-        title = titles.get(entity, text)
-        if title not in urls:  # one tuple for the many rows of an entity
-            name = title.strip().replace(" ", "_")
-            urls[title] = tuple(dict.fromkeys(WIKIPEDIA + form for name in (name, name[:1].upper() + name[1:])
-                                              for form in (name, urllib.parse.quote(name, safe="/:,()!*'@;~$"))))
-        yield line, {"data_id": row["data_id"], "question": row["question"], "question_type": "infoseek",
-                     "dataset_name": "infoseek", "dataset_image_ids": row["image_id"], "title": title,
-                     "urls": urls[title]}
-
-
-def needed(path):
-    """The path again; FileNotFoundError when no file is there."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing; --root must hold the benchmark's files (the embedded world: "
-                                "`python -m mini.world --out raw/world`)")
-    return path
+    """The file that holds a split's questions."""
+    if args.dataset != "infoseek":
+        names, remedy = [f"{split}.csv"] + ["train_full_image_cleaned.csv"] * (split == "train"), ""
+    else:  # "test" is the official val, as in everybody's numbers: the official test has no answers
+        ours, theirs = ("test", "val") if split == "test" else ("train", "train")
+        names, remedy = [f"infoseek_{ours}_filtered.csv"], (
+            f"python -m tools.layouts infoseek --root {args.root} makes it of the official infoseek_{theirs}.jsonl; ")
+    return first_file(args, names, f"{remedy}give the splits that you have with --splits")
 
 
 def read_csv(path, columns):
     """Yield (line number, row dict) of a csv that has all columns. InputError naming file and column or line."""
     csv.field_size_limit(2**31 - 1)  # `evidence` holds whole paragraphs; the default of 128 KiB is an error there
     # utf-8-sig: a byte-order mark left by a spreadsheet would become part of the first column's name.
-    with open(needed(path), encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
             # Read by name: the column order of the released files is not documented.
@@ -366,22 +313,6 @@ def read_csv(path, columns):
                 yield reader.line_num, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{path}: no csv in UTF-8 soon after line {reader.line_num} ({error})") from error
-
-
-def read_jsonl(path, fields):
-    """Yield (line number, dict) of a file of JSON lines, plain or .gz. fields: texts that each must have."""
-    number = 0
-    with (gzip.open if path.endswith(".gz") else open)(needed(path), "rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():  # a last line may end twice
-                    row = json.loads(line.decode("utf-8"))
-                    if missing := [name for name in fields if type(row) is not dict or type(row.get(name)) is not str]:
-                        raise InputError(f"{path}:{number}: field {', '.join(missing)} is missing or no text; is this "
-                                         "the file that its name says?")
-                    yield number, {**row, **{name: whole(row[name]) for name in fields}}
-        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}:{number}: not a line of JSON ({error}); was it copied to its end?") from error
 
 
 # ---------------------------------------------------------------------------------------------- images of questions
@@ -398,53 +329,49 @@ def find_images(args, splits):
             paths, reason = found[row.collection]
             ids = row.image_ids if args.query_image == "any" else row.image_ids[:1]
             there = [paths[i] for i in ids if i in paths]
-            if len(there) > 1:  # iNaturalist's json names files that may not be there
+            if len(there) > 1:  # iNaturalist's list names files that may not be there
                 there = [path for path in there if os.path.isfile(os.path.join(args.root, path))] or there
             if there:
-                row.image = inside_root(args, there[0], row.where)
+                row.image = there[0]
                 split.rows.append(row)
             else:
                 split.drops.add(reason, f"{row.where}: {row.collection} {row.image_ids[0]!r}")
         split.check()
 
 
-def inside_root(args, path, where):
-    """A path below the root again. InputError where no pool file can name it: now, and not after a day of embedding."""
-    if not isinstance(path, str):
-        raise InputError(f"{where} has a {type(path).__name__}, expected the path of its image; is it the right file?")
-    if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/"):
-        raise InputError(f"{where}: its image {path!r} is not inside {args.root}. Pools name images below the root: "
-                         "make a link there to a folder that lies elsewhere (ln -s)")
-    return path
-
-
 def find_ids(args, collection, wanted):
     """Image ids of a collection -> ({id: path below the root}, the reason for those that are not in it)."""
-    folder = {"landmarks": args.landmarks, "oven": args.oven}.get(collection, args.inat)
-    if folder is None:
-        folder = "oven_images" if os.path.isdir(os.path.join(args.root, "oven_images")) else "."
-    split = collection.removeprefix("inat/")
-    for name in (f"{folder}/{split}_id2name.json", f"{split}_id2name.json", f"{folder}/{split}.json", f"{split}.json"):
-        if collection.startswith("inat/") and os.path.isfile(path := os.path.join(args.root, name)):
-            names = stream_json(path) if "_id2name" in name else inat_names(path)
-            return {i: f"{folder}/{inside_root(args, name, f'{path}: {i!r}')}" for i, name in names if i in wanted}, \
-                "image id unknown"
-    found = find_files(args.root, folder, wanted) if os.path.isdir(os.path.join(args.root, folder)) else {}
-    if not found and (split in ("train", "val") or not os.path.isdir(os.path.join(args.root, folder))):
-        lists = f" (or {split}_id2name.json, or {split}.json)" * collection.startswith("inat/")
+    flag, _, split = collection.partition("/")  # a split of iNaturalist's alone
+    default = "oven_images" if os.path.isdir(os.path.join(args.root, "oven_images")) else "."
+    folder = inside_root(args, vars(args)[flag] or default, f"--{flag}")
+    for path in (os.path.join(args.root, start, f"{split}_id2name.json") for start in (folder, "")):
+        if split and os.path.isfile(path):
+            return {i: image for i, image in read_paths(args, path, folder) if i in wanted}, "image id unknown"
+    there = os.path.isdir(os.path.join(args.root, folder))
+    found = find_files(args.root, folder, wanted) if there else {}
+    if not found and (split or not there):
+        lists = f" (or {split}_id2name.json, which python -m tools.layouts inat --root {args.root} makes of " \
+                f"iNaturalist's own {split}.json)" * bool(split)
         raise FileNotFoundError(f"{os.path.join(args.root, folder)}{lists} is missing, or has none of the images; say "
-                                f"where those of {collection} are with --{collection.split('/')[0]}")
+                                f"where those of {collection} are with --{flag}")
     return found, "image missing"
 
 
-def inat_names(path):
-    """(image id, path) of iNaturalist's own train.json or val.json (COCO's form: read whole)."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return [(str(image["id"]), image["file_name"]) for image in json.load(file)["images"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is not iNaturalist's file of images with id and file_name "
-                             f"({type(error).__name__}: {error}); was it copied to its end?") from error
+def read_paths(args, file, folder=""):
+    """Yield (key, path below the root) of a JSON object whose values are paths below a folder."""
+    for key, name in stream_json(file):
+        if not isinstance(name, str):
+            raise InputError(f"{file}: {key!r} has a {type(name).__name__}, expected the path of its image; is it the "
+                             "right file?")
+        yield key, inside_root(args, os.path.join(folder, name), f"{file}: {key!r}")
+
+
+def inside_root(args, path, where):
+    """A path below the root again. InputError where no pool file can name it: now, and not after a day of embedding."""
+    if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/"):
+        raise InputError(f"{where}: {path!r} is not inside {args.root}. Pools name images below the root: make a link "
+                         "there to a folder that lies elsewhere (ln -s)")
+    return path
 
 
 def find_files(root, folder, wanted):
@@ -481,20 +408,17 @@ def files_below(root, folder, above=()):
 class KB:
     """The knowledge base. Its E entities that list an image file are lines of `draft`, as kb.jsonl, images unopened."""
     file: str
-    files: object                                 # ImageFiles
     draft: str                                    # path of a .jsonl
     entries_read: int = 0
     images_read: int = 0
-    count: array = field(default_factory=lambda: array("i"))     # [E] images of the entity
-    image: array = field(default_factory=lambda: array("i"))     # [sum of count] their numbers in files
+    paths: dict = field(default_factory=dict)     # path of an image file -> its number, in order of appearance
+    image: array = field(default_factory=lambda: array("i"))     # numbers of all entities' images, one after the other
     text_key: array = field(default_factory=lambda: array("Q"))  # [E] hash8 of its text, 0 = no text
     known: dict = field(default_factory=dict)     # url of a positive -> entity (line of draft), NO_IMAGE or IN_NO_POOL
-    titles: dict = field(default_factory=dict)    # title of a positive -> url, None = several
     listed: dict = field(default_factory=dict)    # id that a run names -> entity
     drops: Drops = field(default_factory=Drops)
     image_drops: Drops = field(default_factory=Drops)
-    distinct: object = None                       # [P] numbers in files of the distinct images, in order of appearance
-    place: object = None                          # [P] their places in Features
+    place: object = None                          # of each image file its place in Features
     text_place: object = None                     # [E] those of the texts
     line: object = None                           # [E] line in kb.jsonl, NO_IMAGE where no image can be read
 
@@ -507,56 +431,48 @@ class KB:
                              f"{ {**self.drops.first, **self.image_drops.first} }")
 
 
+def kb_file(args):
+    return first_file(args, (args.kb,) if args.kb else KB_NAMES[args.dataset], "--root must hold the benchmark's files "
+                      "(the embedded world: `python -m mini.world --out raw/world`)")
+
+
 def read_kb(args, splits, run, draft, quiet=False):
-    """Stream the knowledge base once -> KB, and decide the positive of every row. run: of --retrieved, or {}."""
-    names = (args.kb,) if args.kb else KB_NAMES[args.dataset]
-    paths = [os.path.join(args.root, name) for name in names]
-    path = needed(next((path for path in paths if os.path.isfile(path)), paths[0]))
-    rows = [row for split in splits for row in split.rows]
-    wanted, titles = {url for row in rows for url in row.positives}, {row.title for row in rows if row.title}
+    """Stream the knowledge base once -> KB. run: of --retrieved, or {}."""
+    wanted = {row.positive for split in splits for row in split.rows}
     listed = {entity for ids in run.values() for entity in ids[:args.k + SPARE]}
     enough = max(args.limit, 10 * args.k) if args.limit else float("inf")  # entries
-    kb, seen = KB(path, image_files(args), draft), set()
-    bar = tqdm(total=os.path.getsize(path), desc="knowledge base", unit="B", unit_scale=True, disable=quiet or None)
+    kb, files, seen = KB(kb_file(args), draft), image_files(args), set()
+    bar = tqdm(total=os.path.getsize(kb.file), desc="knowledge base", unit="B", unit_scale=True, disable=quiet or None)
     with bar, open(draft, "w", encoding="utf-8", errors="surrogatepass") as lines:
-        for url, entry in stream_json(path, bar):
-            check_entry(path, url, entry, args.text)
-            if kb.entries_read >= enough and len(kb.known) == len(wanted) and not titles:
+        for url, entry in stream_json(kb.file, bar):
+            check_entry(kb.file, url, entry, args.text)
+            if kb.entries_read >= enough and len(kb.known) == len(wanted):
                 break  # a trial has all that it needs
-            url, title, image_urls = whole(url), whole(entry["title"]), entry["image_urls"]
+            url, image_urls = whole(url), entry["image_urls"]
             kb.entries_read, kb.images_read = kb.entries_read + 1, kb.images_read + len(image_urls)
             name = url if not run or url in listed else trec_id(url)  # how a run may call it
-            positive = url in wanted or title in titles
             reason = ("entry repeated" if url in seen else
-                      "entry beyond --limit" if kb.entries_read > enough and not positive else
+                      "entry beyond --limit" if kb.entries_read > enough and url not in wanted else
                       "entry in no pool" if run and name not in listed else "")
-            if positive and url not in seen:
+            if url in wanted and url not in seen:
                 kb.known[url] = IN_NO_POOL if reason else NO_IMAGE
-                if title in titles:  # an entry without images makes a title ambiguous too
-                    kb.titles[title] = None if title in kb.titles else url
             seen.add(url)
             if reason:
                 kb.drops.add(reason, url)
-                kb.image_drops.add(reason, url, times=len(image_urls))
-            elif not (numbers := entry_images(kb, url, image_urls)):
-                kb.drops.add("no image of the entry can be read" if image_urls else "entry has no image", url)
+                kb.image_drops.add(reason, url, len(image_urls))
+            elif not (paths := entry_images(args, kb, files, url, image_urls)):
+                kb.drops.add("no image url of the entry is known" if image_urls else "entry has no image", url)
             else:
-                if positive:
-                    kb.known[url] = len(kb.count)
+                if url in wanted:
+                    kb.known[url] = len(kb.text_key)
                 if run:
-                    kb.listed[name] = len(kb.count)
+                    kb.listed[name] = len(kb.text_key)
                 text = candidate_text(entry, args.text)
-                kb.count.append(len(numbers))
-                kb.image.extend(numbers)
                 kb.text_key.append(hash8(text) if text else 0)
-                lines.write(json.dumps({"entity_id": url, "title": title, "text": text, "images": [
-                    kb.files.path(number) for number in numbers]}, ensure_ascii=False) + "\n")
-    kb.check(args, len(kb.count))  # now, and not after a day of embedding
-    numbers, first = np.unique(np.array(kb.image), return_index=True)  # entries share images (flags, maps, logos)
-    kb.distinct = numbers[np.argsort(first)]  # [P]
-    for row in rows:
-        row.positive = next((url for url in row.positives if url in kb.known),
-                            kb.titles.get(row.title) or row.positives[0])
+                kb.image.extend(kb.paths.setdefault(path, len(kb.paths)) for path in paths)  # entries share flags, maps
+                lines.write(json.dumps({"entity_id": url, "title": whole(entry["title"]), "text": text,
+                                        "images": paths}, ensure_ascii=False) + "\n")
+    kb.check(args, len(kb.text_key))  # now, and not after a day of embedding
     return kb
 
 
@@ -580,98 +496,39 @@ def candidate_text(entry, kind):
     return whole(text[:500]) if text.strip() else ""
 
 
-def entry_images(kb, url, image_urls):
-    """Numbers of an entry's image files, in order and distinct (urls do repeat)."""
-    numbers, paths = [], set()
+def entry_images(args, kb, files, url, image_urls):
+    """Paths of an entry's image files, in order and distinct (urls do repeat)."""
+    paths = []
     for image_url in image_urls:
-        number, reason = kb.files.number(image_url)
-        if reason:
-            kb.image_drops.add(reason, f"{url}: {image_url}", kb.files.name)
-        elif (path := kb.files.path(number)) in paths:
+        path = files.get(hash8(image_url))
+        if path is None:
+            kb.image_drops.add(f"image url not in {os.path.basename(args.kb_images)}", f"{url}: {image_url}")
+        elif path in paths:
             kb.image_drops.add("image repeated in its entry", f"{url}: {image_url}")
         else:
-            paths.add(path)
-            numbers.append(number)
-    return numbers
-
-
-class ImageFiles:
-    """Image url -> path below the root, for millions of urls: 20 bytes and the path each, where a dict takes 400.
-
-    pairs: (keys, path) of each file, whose number is its place among them. A url is its own key. With by_name, files
-    are known by their name and their stem: a url finds the file of its name or else, as thumbnails have another
-    extension, of its stem, where there is only one.
-    """
-
-    def __init__(self, pairs, name, by_name=False):
-        self.name, self.by_name = name, by_name
-        hashes, numbers, self.starts, blob = array("Q"), array("i"), array("Q", [0]), bytearray()
-        for number, (keys, path) in enumerate(pairs):
-            hashes.extend(hash8(key) for key in keys)
-            numbers.extend([number] * len(keys))
-            blob += path.encode("utf-8", "surrogatepass")  # file names need not be UTF-8
-            self.starts.append(len(blob))
-        order = np.argsort(np.array(hashes, np.uint64), kind="stable")
-        # An array, not numpy's: bisect reads it without making an object of numpy at each of its 22 steps.
-        self.hashes = array("Q", np.array(hashes, np.uint64)[order].tobytes())
-        self.numbers, self.blob = np.array(numbers, np.int32)[order], bytes(blob)
-
-    def __len__(self):
-        return len(self.starts) - 1
-
-    def number(self, url):
-        """(number, "") or (None, reason)."""
-        keys = [url]
-        if self.by_name:  # https://a.b/c/Caf%C3%A9_1.JPG?x=1 -> Café_1.JPG and Café_1
-            keys = file_keys(urllib.parse.unquote(url.split("?")[0]))
-        for key in keys:
-            wanted = hash8(key)
-            at = bisect_left(self.hashes, wanted)
-            if self.hashes[at:at + 1] == array("Q", [wanted]):
-                # Of equal urls the first counts.
-                several = self.by_name and self.hashes[at + 1:at + 2] == array("Q", [wanted])
-                return (None, "image name ambiguous") if several else (int(self.numbers[at]), "")
-        return None, "image url not in"
-
-    def path(self, number):
-        return self.blob[self.starts[number]:self.starts[number + 1]].decode("utf-8", "surrogatepass")
-
-
-def file_keys(path):
-    name = path.rsplit("/", 1)[-1]
-    return [f"name {name}", f"stem {os.path.splitext(name)[0]}"]
+            paths.append(path)
+    return paths
 
 
 def image_files(args):
-    """The ImageFiles that --kb-images names. InputError for a path outside of the root."""
-    source = os.path.normpath(os.path.join(args.root, args.kb_images))
-    name = os.path.basename(source)
-    if not os.path.isdir(source):
-        return ImageFiles((([url], inside_root(args, path, f"{source}: {url!r}")) for url, path in stream_json(source)),
-                          name)
-    paths = sorted(files_below(args.root, args.kb_images))
-    if tables := [path for path in paths if re.search(r"wiki_image_url_part_\d+_processed\.csv$", path)]:
-        # OMGM's, in output/; their paths start at the folder above it.
-        start = os.path.relpath(os.path.dirname(source) if name == "output" else source, args.root)
-        rows = ((table, *pair) for table in tables
-                for pair in read_csv(os.path.join(args.root, table), ("image_URL", "img_path")))
-        pairs = ((row["image_URL"], os.path.normpath(os.path.join(start, row["img_path"])), f"{table}:{line}")
-                 for table, line, row in rows if row["img_path"])
-        return ImageFiles((([url], inside_root(args, path, where)) for url, path, where in pairs), "OMGM's csv")
-    if any(path.endswith(".parquet") for path in paths):
-        raise InputError(f"{source} holds AToMiC's parquet files: unpack them with python -m tools.atomic --root "
-                         f"{args.root} --atomic {source}, and leave --kb-images out")
-    return ImageFiles(((file_keys(path), inside_root(args, path, source)) for path in paths), f"{name}/", by_name=True)
+    """hash8 of an image url -> path below the root: millions of urls themselves would take twice as much memory."""
+    file = first_file(args, (args.kb_images,), "it must be a .json of image url -> path. OMGM's tables, and images "
+                      "named as in their urls, become one by python -m tools.layouts omgm (or names) --root "
+                      f"{args.root} --images FOLDER, AToMiC's parquet files by python -m tools.atomic")
+    files = {}
+    for url, path in read_paths(args, file):
+        files.setdefault(hash8(url), path)
+    return files
 
 
 def stream_json(path, bar=None):
     """Yield (key, value) of a JSON object of any size, in file order; repeated keys are yielded again.
 
-    Values are objects or strings. bar: a tqdm of bytes. FileNotFoundError, or InputError naming the last whole entry.
-    json.load would need some 40 GB for the 19 GB of E-VQA.
+    Values are objects or strings. bar: a tqdm of bytes. InputError naming the last whole entry. json.load would need
+    some 40 GB for the 19 GB of E-VQA.
     """
     buffer, at, last = "", 0, None
-    with open(needed(path), encoding="utf-8-sig") as file:  # a byte-order mark may come first
+    with open(path, encoding="utf-8-sig") as file:  # a byte-order mark may come first
         try:
             while True:
                 if entry := next_entry(buffer, at, "{" if last is None else ","):
@@ -693,11 +550,9 @@ def stream_json(path, bar=None):
 
 def next_entry(buffer, at, mark):
     """(key, value, end) of the entry at `at`, after mark; None where the buffer ends inside it, or is bad."""
-    decode, start = json.JSONDecoder().raw_decode, re.compile(rf'\s*{mark}\s*(?=")').match(buffer, at)
+    start = re.compile(rf'\s*{mark}\s*("(?:[^"\\]|\\.)*")\s*:\s*').match(buffer, at)
     try:
-        key, end = decode(buffer, start.end()) if start else ("", at)
-        colon = re.compile(r"\s*:\s*").match(buffer, end)
-        return (key, *decode(buffer, colon.end())) if start and colon else None
+        return start and (json.loads(start[1]), *json.JSONDecoder().raw_decode(buffer, start.end()))
     except json.JSONDecodeError:
         return None
 
@@ -721,23 +576,22 @@ class Features:
 
     def refresh(self):
         """Look for pieces that were added, by this process or by others."""
-        names = [name for name in os.listdir(self.work) if re.fullmatch(rf"{self.kind}-\w+\.npz", name)]
+        names = {name for name in os.listdir(self.work) if re.fullmatch(rf"{self.kind}-\w+\.npz", name)}
         keys, states = [self.keys], [self.state]
-        for name in sorted(set(names) - self.seen):
-            self.seen.add(name)
+        for name in sorted(names - self.seen):
+            path = os.path.join(self.work, name)
             try:
-                with np.load(os.path.join(self.work, name)) as piece:  # reads an array when it is asked for
-                    if str(piece["dtype"]) != self.dtype or piece["fingerprint"].shape != (self.dim,) or (
-                            piece["fingerprint"] @ self.fingerprint < 0.999):
-                        continue
-                    keys.append(piece["keys"])
-                    states.append(piece["state"])
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # cut short by a disk error
-                os.remove(os.path.join(self.work, name))  # its items are embedded again, into a piece of the same name
-                self.seen.remove(name)
-                continue
-            self.files.append(os.path.join(self.work, name))
-            self.starts.append(self.starts[-1] + len(keys[-1]))
+                with np.load(path) as piece:  # reads an array when it is asked for
+                    self.seen.add(name)
+                    if str(piece["dtype"]) == self.dtype and piece["fingerprint"].shape == (self.dim,) and (
+                            piece["fingerprint"] @ self.fingerprint >= 0.999):
+                        states.append(piece["state"])
+                        keys.append(piece["keys"])
+                        self.files.append(path)
+                        self.starts.append(self.starts[-1] + len(keys[-1]))
+            except DAMAGE:
+                os.remove(path)  # its items are embedded again, into a piece of the same name
+                self.seen.discard(name)
         self.keys, self.state = np.concatenate(keys), np.concatenate(states)
         self.order = np.argsort(self.keys, kind="stable")
 
@@ -767,30 +621,43 @@ class Features:
             try:
                 with np.load(self.files[number]) as piece:
                     out[mine] = piece["vectors"][places[mine] - self.starts[number]]
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # as its checksum says
+            except DAMAGE as error:  # as its checksum says
                 raise InputError(f"{self.files[number]} is damaged ({error}); remove it and run again") from error
         return out  # [n, D]
 
     def fault(self, place, path):
-        """(reason, detail) why an image has no feature, or None. A place of -1: there is no such file."""
+        """The reason why an image has no feature, or "". A place of -1: there is no such file."""
         reason, suffix = FAULTS[self.state[place] if place >= 0 else 1], os.path.splitext(path)[1].lower()
         odd = reason == "image unreadable" and suffix in (".svg", ".gif", ".tif", ".tiff")
-        return (reason, f"({suffix[1:]})" if odd else "") if reason else None
+        return f"{reason} ({suffix[1:]})" if odd else reason
 
 
-def embed(features, keys, encode, desc):
+def embed(args, features, keys, read, encode, desc):
     """Embed what Features has not, of items with keys uint64 [N] (0 = nothing to embed) -> places int64 [N], -1 for 0.
 
-    encode(pieces, bar): yields (state [n], vectors [n, D]) of each piece, an array of items. Pieces are cut before what
-    is there already is left out. So they are the same, in the same batches, for any number of processes and after a
-    kill, and the same bytes come out. Every process takes its share of them; the first one waits for the others'.
+    read(list of item numbers): (state [B], what could be read), in worker processes; encode: that -> features [b, D].
+    Pieces are cut before what is there already is left out. So they are the same, in the same batches, for any number
+    of processes and after a kill, and the same bytes come out. Every process takes its share of them; the first one
+    waits for the others'.
     """
     todo = np.flatnonzero((keys != 0) & (features.find(keys) < 0))
     pieces = np.split(todo, np.searchsorted(todo, range(PIECE, len(keys), PIECE)))
-    own = [items for items in pieces[features.rank::features.world] if len(items)]
+    own = [piece for piece in pieces[features.rank::features.world] if len(piece)]
+    batches = [piece[i:i + args.batch_size] for piece in own for i in range(0, len(piece), args.batch_size)]
+    workers = args.workers if len(batches) > 8 else 0  # few items are not worth starting them
+    # Forked, they start at once; they open pictures and never touch CUDA.
+    loader = iter(DataLoader(range(len(keys)), batch_sampler=batches, collate_fn=read, num_workers=workers,
+                             multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
     with tqdm(total=sum(map(len, own)), desc=f"embed {desc}", disable=True if features.rank else None) as bar:
-        for items, (state, vectors) in zip(own, encode(own, bar)):
-            features.add(keys[items], state, vectors)
+        for piece in own:
+            states, vectors = [], np.zeros((len(piece), features.dim), np.float32)
+            while len(states) < len(piece):
+                state, inputs = next(loader)
+                if len(inputs):
+                    vectors[len(states) + np.flatnonzero(state == 0)] = encode(inputs)  # [b, D]
+                states.extend(state)
+                bar.update(len(state))
+            features.add(keys[piece], np.array(states), vectors)
     features.refresh()
     while features.rank == 0 and features.world > 1 and ((keys != 0) & (features.find(keys) < 0)).any():
         time.sleep(1)
@@ -798,71 +665,42 @@ def embed(features, keys, encode, desc):
     return features.find(keys)
 
 
-class Pictures:
-    """Image files as a data set: (state, pixels float32 [3, H, W] or None). In a DataLoader, worker processes open
-    *and* preprocess: of a 12-megapixel photograph only 600 KB come out, and each holds one decoded at a time."""
-
-    def __init__(self, root, names, path_of, preprocess):
-        self.root, self.names, self.path_of, self.preprocess = root, names, path_of, preprocess
-
-    def __getitem__(self, i):
+def embed_images(args, scorer, features, paths, desc):
+    """Features of image files below the root -> places int64 [N], -1 where there is no such file."""
+    def key(path):  # a file and its content, as far as size and time of change tell
         try:
-            return 0, self.preprocess(read_image(os.path.join(self.root, self.path_of(self.names[i]))))
-        except FileNotFoundError:
-            return FAULTS.index("image missing"), None
-        except InputError as error:
-            return FAULTS.index("image too large" if isinstance(error, TooLarge) else "image unreadable"), None
-
-
-def collate(items):
-    """[(state, pixels or None)] -> (state uint8 [B], pixels float32 [b, 3, H, W] of those that could be read)."""
-    pixels = [pixels for _, pixels in items if pixels is not None]
-    return np.array([state for state, _ in items], np.uint8), torch.stack(pixels) if pixels else None
-
-
-def embed_images(args, scorer, features, names, path_of, desc):
-    """Features of the image files path_of(name) -> places int64 [N], -1 where there is no such file."""
-    def key(name):  # a file and its content, as far as size and time of change tell
-        try:
-            status = os.stat(os.path.join(args.root, path_of(name)))
+            status = os.stat(os.path.join(args.root, path))
         except (OSError, ValueError):  # also a name too long for a file system, or with a zero byte
             return 0
-        return hash8(f"{path_of(name)}\0{status.st_size}\0{status.st_mtime_ns}")
+        return hash8(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
 
-    def encode(pieces, bar):
-        batches = [items[i:i + scorer.batch_size] for items in pieces for i in range(0, len(items), scorer.batch_size)]
-        workers = args.workers if len(batches) > 8 else 0  # few images are not worth starting them
-        # Forked, they start at once; they open pictures and never touch CUDA.
-        loader = iter(DataLoader(Pictures(args.root, names, path_of, scorer.preprocess), batch_sampler=batches,
-                                 num_workers=workers, collate_fn=collate,
-                                 multiprocessing_context="fork" if workers and sys.platform == "linux" else None))
-        for items in pieces:
-            states, vectors = [], np.zeros((len(items), scorer.dim), np.float32)
-            while len(states) < len(items):
-                state, pixels = next(loader)
-                if pixels is not None:
-                    vectors[len(states) + np.flatnonzero(state == 0)] = scorer.encode(pixels)  # [b, D]
-                states.extend(state)
-                bar.update(len(state))
-            yield np.array(states), vectors
-
-    bar = tqdm(names, desc=f"look at {desc}", disable=True if features.rank else None, leave=False)
-    return embed(features, np.fromiter(map(key, bar), np.uint64, len(names)), encode, desc)
+    bar = tqdm(paths, desc=f"look at {desc}", disable=True if features.rank else None, leave=False)
+    keys = np.fromiter(map(key, bar), np.uint64, len(paths))
+    return embed(args, features, keys, partial(read_pictures, args.root, paths, scorer.preprocess), scorer.encode, desc)
 
 
-def embed_texts(scorer, features, kb):
+def read_pictures(root, paths, preprocess, items):
+    """Open *and* preprocess some of the paths -> (state uint8 [B], pixels float32 [b, 3, H, W] of those that could be
+    read). Of a 12-megapixel photograph only 600 KB leave a worker process, and it holds one decoded at a time."""
+    state, pixels = np.zeros(len(items), np.uint8), []
+    for n, i in enumerate(items):
+        try:
+            pixels.append(preprocess(read_image(os.path.join(root, paths[i]))))
+        except FileNotFoundError:
+            state[n] = FAULTS.index("image missing")
+        except InputError as error:
+            state[n] = FAULTS.index("image too large" if isinstance(error, TooLarge) else "image unreadable")
+    return state, torch.stack(pixels) if pixels else ()
+
+
+def embed_texts(args, scorer, features, kb):
     """Features of the draft's texts -> places int64 [E], -1 where there is no text."""
-    lines = Lines(kb.draft)
+    read = partial(read_texts, Lines(kb.draft))
+    return embed(args, features, np.array(kb.text_key), read, scorer.text_features, "kb texts")
 
-    def encode(pieces, bar):
-        for items in pieces:
-            vectors = []
-            for start in range(0, len(items), scorer.batch_size):
-                texts = [lines[i]["text"] for i in items[start:start + scorer.batch_size].tolist()]
-                vectors.append(scorer.text_features(texts))  # [B, D]
-                bar.update(len(texts))
-            yield np.zeros(len(items), np.uint8), np.concatenate(vectors)
-    return embed(features, np.array(kb.text_key), encode, "kb texts")
+
+def read_texts(lines, items):
+    return np.zeros(len(items), np.uint8), [lines[i]["text"] for i in items]
 
 
 # --------------------------------------------------------------------------------------- the knowledge base's features
@@ -873,18 +711,17 @@ def write_kb(args, kb, images, texts):
     Of an entity the images that have a feature are listed, so that row and path can be matched by counting; an entity
     without any is left out. Rows of an entity are consecutive, in the order of its images; zeros in kb_text: no text.
     """
-    place = np.full(len(kb.files), -1)  # of each image file
-    place[kb.distinct] = kb.place
     rows, owners, kept, start = array("q"), array("i"), array("i"), 0
     with replacing(os.path.join(args.out, "kb.jsonl")) as temporary, open(
             temporary, "w", encoding="utf-8", errors="surrogatepass") as file, open(
             kb.draft, encoding="utf-8", errors="surrogatepass") as draft:
         for j, line in enumerate(draft):
-            own, entity, good = place[kb.image[start:start + kb.count[j]]], json.loads(line), []
-            start += kb.count[j]
+            entity, good = json.loads(line), []
+            own = kb.place[kb.image[start:start + len(entity["images"])]]
+            start += len(own)
             for at, path in zip(own.tolist(), entity["images"]):
                 if fault := images.fault(at, path):
-                    kb.image_drops.add(fault[0], f"{entity['entity_id']}: {path}", fault[1])
+                    kb.image_drops.add(fault, f"{entity['entity_id']}: {path}")
                 else:
                     good.append(path)
                     rows.append(at)
@@ -898,7 +735,7 @@ def write_kb(args, kb, images, texts):
     write_features(os.path.join(args.out, "kb_image.npy"), images, np.array(rows))  # [M, D]
     write_features(os.path.join(args.out, "kb_text.npy"), texts, kb.text_place[np.array(kept)])  # [E, D]
     write_array(os.path.join(args.out, "kb_entity.npy"), np.array(owners))  # [M]
-    kb.line = np.full(len(kb.count), NO_IMAGE)
+    kb.line = np.full(len(kb.text_key), NO_IMAGE)
     kb.line[np.array(kept)] = np.arange(len(kept))
 
 
@@ -927,29 +764,22 @@ def nearest_entities(kb_image, kb_entity, queries, k, device="cpu"):
     for start in range(0, len(queries), 1 << 14):  # the results of a million queries would take gigabytes
         todo, depth = np.arange(start, min(start + (1 << 14), len(queries))), min(4 * k, len(kb_image))
         while len(todo):
-            found = zip(*nearest_images(kb_image, queries[todo], depth, device))
-            best = [best_of_each(kb_entity, *one, k, depth == len(kb_image)) for one in found]
-            for i, chosen in zip(todo, best):
-                if chosen is not None:
-                    rows[i] = chosen
-            # Most queries are done in the first round.
-            todo, depth = todo[[chosen is None for chosen in best]], min(4 * depth, len(kb_image))
+            cosines, found = nearest_images(kb_image, queries[todo], depth, device)  # [q, depth]
+            left, last = [], cosines[:, -1] + EQUAL
+            # Products of one image differ in the last bits with its place in a block: equal ones go by row.
+            steps = np.diff(-cosines, axis=1, prepend=-cosines[:, :1]) > EQUAL
+            order = np.lexsort((found, steps.cumsum(1)))
+            cosines, found = (np.take_along_axis(x, order, 1) for x in (cosines, found))
+            for n, i in enumerate(todo):
+                first = np.sort(np.unique(kb_entity[found[n]], return_index=True)[1])[:k]  # best image of each entity
+                # An image that thousands of entities share (a map, a flag) ties with itself: unless the search saw all
+                # of them, which ones it saw is chance.
+                if depth == len(kb_image) or len(first) == k and cosines[n, first[-1]] > last[n]:
+                    rows[i] = found[n, first]
+                else:
+                    left.append(i)
+            todo, depth = np.array(left), min(4 * depth, len(kb_image))  # most queries are done in the first round
     return kb_entity[rows], rows, cosines_of(kb_image, queries, rows)
-
-
-def best_of_each(kb_entity, cosines, rows, k, complete):
-    """The best image of each of the k best entities, from a query's nearest images (cosines and rows [depth]) -> rows
-    [k], or None: go deeper. complete: these are all images."""
-    order = np.argsort(-cosines, kind="stable")
-    cosines, rows = cosines[order], rows[order]
-    # Products of one and the same image differ in the last bits with its place in a block: equal ones go by row.
-    order = np.lexsort((rows, np.cumsum(np.diff(-cosines, prepend=-cosines[0]) > EQUAL)))
-    first = np.sort(np.unique(kb_entity[rows[order]], return_index=True)[1])[:k]  # best image of each, best first
-    # An image that thousands of entities share (a map, a flag) ties with itself: unless the search saw all of them,
-    # which ones it saw is chance.
-    if not complete and (len(first) < k or cosines[order[first[-1]]] <= cosines[-1] + EQUAL):
-        return None
-    return rows[order[first]]
 
 
 def nearest_images(kb_image, queries, depth, device="cpu", block=1 << 15, at_once=4096):
@@ -1025,7 +855,7 @@ def write_pools(args, split, kb, images, run, device):
     rows, split.rows = split.rows, []
     for row in rows:
         if fault := images.fault(split.place[row.image], row.image):
-            split.drops.add(fault[0], f"{row.where}: {row.image}", fault[1])
+            split.drops.add(fault, f"{row.where}: {row.image}")
         else:
             split.rows.append(row)
     split.check()

@@ -224,16 +224,6 @@ def test_stream_needs_little_memory(tmp_path):
     assert count == 8000 and peak < 4e6  # bytes: some pieces of 256 Ki, where the file is 19 MB
 
 
-def test_image_files_equal_a_dict():
-    rng = np.random.default_rng(0)
-    pairs = [(f"https://x/{rng.integers(500)}.jpg", f"p/{n}\u00e9.jpg") for n in range(700)]
-    files, want = P.ImageFiles((([key], path) for key, path in pairs), "map"), dict(reversed(pairs))  # the first counts
-    for n in range(600):
-        number, reason = files.number(f"https://x/{n}.jpg")
-        assert (files.path(number) if not reason else None) == want.get(f"https://x/{n}.jpg")
-    assert P.ImageFiles([], "none").number("a") == (None, "image url not in") and len(P.ImageFiles([], "none")) == 0
-
-
 # ------------------------------------------------------------------------------------------------ E-VQA's layouts
 
 @pytest.mark.parametrize("layout", ["{0}/{1}/{2}/{id}.jpg", "{id}.jpg", "train/{0}/{id}.JPEG"])
@@ -249,7 +239,7 @@ def test_landmarks(root, scorer, layout):
 
 
 def inat(root, kind):
-    """test.csv of iNaturalist questions with the id -> file mapping in one of its three forms."""
+    """test.csv of iNaturalist questions with the id -> file mapping in one of its forms."""
     names = {}
     for j in range(ENTITIES):
         names[str(900 + j)] = f"val/0001_Genus_{j}/ab{j}.jpg" if kind != "flat" else f"{900 + j}.jpg"
@@ -257,12 +247,10 @@ def inat(root, kind):
     folder = root if kind.endswith("at the root") else root / "inat"
     if kind.startswith("id2name"):
         S.write_json(folder / "val_id2name.json", names)
-    elif kind.startswith("coco"):
-        S.write_json(folder / "val.json", {"images": [{"id": int(i), "file_name": n} for i, n in names.items()]})
     write_csv(root / "test.csv", EVQA, [evqa_row(j, f"{900 + j}|77", "inaturalist") for j in range(ENTITIES)])
 
 
-@pytest.mark.parametrize("kind", ["id2name", "coco", "flat", "id2name at the root", "coco at the root"])
+@pytest.mark.parametrize("kind", ["id2name", "flat", "id2name at the root"])
 def test_inaturalist(root, scorer, kind):
     inat(root, kind)
     run(root)
@@ -321,7 +309,7 @@ def test_kb_warts(root, scorer):
         {f"https://up.org/bad.{suffix}": f"kb/bad.{suffix}" for suffix in extra} | {
             "https://up.org/lost.jpg": "kb/lost.jpg"}))
     manifest = run(root)
-    assert manifest["kb"]["dropped"] == {"entry has no image": 1, "no image of the entry can be read": 1,
+    assert manifest["kb"]["dropped"] == {"entry has no image": 1, "no image url of the entry is known": 1,
                                          "entry repeated": 1}
     assert manifest["kb"]["images_dropped"] == {
         "image unreadable": 1, "image unreadable (svg)": 1, "image unreadable (gif)": 1, "image unreadable (tif)": 1,
@@ -355,48 +343,6 @@ def test_texts(root, scorer, kind, want):
     np.testing.assert_allclose(data.kb_text[3], [0, 0, 0, 0.001 * len(want)], atol=1e-4)
 
 
-def test_omgm_csv_and_folder(root, scorer):
-    landmarks(root)
-    run(root)
-    want = [(query.pool, query.labels) for query in pools(root)]
-    os.remove(root / "url_to_path_mapping.json")
-    run(root, "--kb-images", "kb")  # by the file names in the urls
-    assert [(query.pool, query.labels) for query in pools(root)] == want
-    os.makedirs(root / "wiki_img/output")
-    for part in (1, 2):
-        write_csv(root / f"wiki_img/output/wiki_image_url_part_{part}_processed.csv",
-                  ("title", "image_URL", "img_path", "caption"),
-                  [{"title": f"Entity {j}", "image_URL": f"https://up.org/e{j}_{n}.jpg",
-                    "img_path": f"full/{part}/{j}_{n}.jpg" if (j, n) != (2, 1) else ""}
-                   for j in range(ENTITIES) for n in range(2) if j % 2 == part - 1])
-    for j, n in itertools.product(range(ENTITIES), range(2)):
-        save(root / f"wiki_img/full/{j % 2 + 1}/{j}_{n}.jpg", colour(j, 3 * n))
-    for folder in ("wiki_img", "wiki_img/output"):
-        manifest = run(root, "--kb-images", folder)
-        assert manifest["kb"]["images_dropped"] == {"image url not in OMGM's csv": 1}
-    assert S.load_data(str(root.parent / "data"), "test").entity(3)["images"][1] == "wiki_img/full/2/3_1.jpg"
-    assert manifest["splits"]["test"]["with_positive"] == ENTITIES
-    (root / "kb/train-0.parquet").write_bytes(b"")
-    with pytest.raises(SystemExit, match="AToMiC's parquet files: unpack them with python -m tools.atomic"):
-        P.main(arguments(root, "--kb-images", "kb"))
-
-
-def test_image_names_that_differ_in_their_extension(root, scorer):
-    """Each url gets the file of its own name; one that only shares its stem gets it where no other does."""
-    landmarks(root)
-    names = ["Dom.jpg", "Dom.JPG", "Dom.png", "Dom.webp", "Kirche.svg", "Caf%C3%A9.jpg"]
-    edit(root / "encyclopedic_kb_wiki.json", lambda kb: kb[url(0)].update(
-        image_urls=[f"https://up.org/{name}?x=1" for name in names]))
-    for n, name in enumerate(("a/Dom.jpg", "b/Dom.JPG", "a/Dom.png", "a/Kirche.png", "Caf\u00e9.jpg")):
-        save(root / "kb" / name, colour(50 + n))
-    manifest = run(root, "--kb-images", "kb")
-    assert S.load_data(str(root.parent / "data"), "test").entity(0)["images"] == [
-        "kb/a/Dom.jpg", "kb/b/Dom.JPG", "kb/a/Dom.png", "kb/a/Kirche.png", "kb/Caf\u00e9.jpg"]
-    assert manifest["kb"]["images_dropped"] == {"image name ambiguous kb/": 1}
-    save(root / "kb/c/Dom.png", colour(60))  # which of the two?
-    assert run(root, "--kb-images", "kb")["kb"]["images_dropped"] == {"image name ambiguous kb/": 2}
-
-
 # ------------------------------------------------------------------------------------------------------- InfoSeek
 
 OVEN = ["oven_images/{shard}/{id}.jpg", "oven_images/{shard}/{id}.JPEG", "val/{id}.jpg", "any/where/{id}.img.jpg",
@@ -424,71 +370,16 @@ def test_infoseek_echosight_csv(root, scorer, layout):
         P.main(arguments(root, "--dataset", "infoseek"))
 
 
-def official(root, split, entities, **texts):
-    """infoseek_{split}.jsonl and its withkb file: a question an entity, named Q{j}; texts: {Q1="other name"}."""
-    rows, kb = [], []
-    for n, j in enumerate(entities):
-        number = 1000 + n
-        rows.append({"data_id": f"infoseek_{split}_{number:08d}", "image_id": f"oven_{number:08d}",
-                     "question": f"Where is this {j}?", "answer": ["Malta"], "data_split": f"{split}_unseen_entity",
-                     "answer_eval": [{"wikidata": 12.0, "range": [10.8, 13.2]}]})
-        kb.append({"data_id": rows[-1]["data_id"], "entity_id": f"Q{j}",
-                   "entity_text": texts.get(f"Q{j}", f"Entity {j}")})
-        save(root / f"oven_images/00/oven_{number:08d}.jpg", colour(j, 5))
-    write_jsonl(root / f"infoseek_{split}.jsonl", rows)
-    write_jsonl(root / f"infoseek_{split}_withkb.jsonl", kb)
-    return rows, kb
-
-
-def test_infoseek_official(root, scorer):
-    """No url in the files: it comes from the title, as is or percent-encoded, else from an entry with that title."""
-    rows, kb = official(root, "val", range(6), Q2="Caf\u00e9 (x)", Q3="entity 3", Q4="Renamed", Q5="Twice")
-
-    def rename(content):
-        content[WIKI + "Caf%C3%A9_(x)"] = content.pop(url(2))
-        content[WIKI + "Odd"] = content.pop(url(4)) | {"title": "Renamed"}
-        content[url(5)]["title"] = content[url(6)]["title"] = "Twice"  # two pages, one title: nobody's
-    edit(root / "encyclopedic_kb_wiki.json", rename)
-    write_jsonl(root / "infoseek_val_withkb.jsonl", kb[:-1] + [{**kb[-1], "data_id": "infoseek_val_x"}, kb[-1]])
-    rows += [{**rows[0], "data_id": "infoseek_val_99999999"}, rows[1], {**rows[2], "data_id": "infoseek_val_x",
-                                                                        "question": " "}]
-    write_jsonl(root / "infoseek_val.jsonl", rows)
-    manifest = run(root, "--dataset", "infoseek")
-    assert manifest["splits"]["test"]["dropped"] == {"data_id not in the withkb file": 1, "data_id repeated": 1,
-                                                     "question empty": 1}
-    assert [query.positives for query in pools(root)] == [[url(0)], [url(1)], [WIKI + "Caf%C3%A9_(x)"], [url(3)],
-                                                          [WIKI + "Odd"], [WIKI + "Twice"]]
-    assert [sum(query.labels) for query in pools(root)] == [1, 1, 1, 1, 1, 0]
-    assert manifest["splits"]["test"]["positive_in_kb"] == 5
-    # Wiki6M's title wins over withkb's text, from any of its three files.
-    write_jsonl(root / "Wiki6M_ver_1_0.jsonl.gz", [{"wikidata_id": "Q5", "wikipedia_title": "Entity 5"},
-                                                   {"wikidata_id": "Q77", "wikipedia_title": "Entity 7"}])
-    assert run(root, "--dataset", "infoseek")["splits"]["test"]["positive_in_kb"] == 6
-
-
 def test_infoseek_val_is_held_out_by_entity(root, scorer, monkeypatch):
     monkeypatch.setattr(P, "HELD_OUT", 3)
-    official(root, "train", [*range(ENTITIES), *range(ENTITIES)])
-    manifest = run(root, "--dataset", "infoseek", "--splits", "train,val")
+    save(root / "oven_images/oven_00000001.jpg", colour(1))
+    write_csv(root / "infoseek_train_filtered.csv", ECHOSIGHT, [
+        infoseek_row(n % ENTITIES, n, dataset_image_ids="oven_00000001") for n in range(2 * ENTITIES)])
+    manifest = run(root, "--dataset", "infoseek", "--splits", "train,val", "--k", str(ENTITIES))
     train, val = ({query.positives[0] for query in pools(root, split)} for split in ("train", "val"))
     assert train and val and not train & val and len(train | val) == ENTITIES
     assert manifest["splits"]["train"]["dropped"] == {"entity held out for val": 2 * len(val)}
     assert manifest["splits"]["val"]["dropped"] == {"entity left to train": 2 * len(train)}
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda root: os.remove(root / "infoseek_val_withkb.jsonl"), r"infoseek_val_withkb\.jsonl is missing"),
-    (lambda root: os.remove(root / "infoseek_val.jsonl"), r"infoseek_test_filtered\.csv \(or infoseek_val\.jsonl\) is"),
-    (lambda root: write_jsonl(root / "infoseek_val.jsonl", [{"data_id": "a", "entity_id": "Q1"}]),
-     r"val\.jsonl:1: field image_id, question is missing or no text; is this the file"),
-    (lambda root: (root / "infoseek_val.jsonl").write_bytes(b'{"data_id": "x'), r"val\.jsonl:1: not a line of JSON"),
-    (lambda root: os.rename(root / "oven_images", root.parent / "o"), "image missing")],
-    ids=["withkb", "jsonl", "other file", "cut", "images"])
-def test_broken_infoseek(root, scorer, change, message):
-    official(root, "val", range(3))
-    change(root)
-    with pytest.raises(SystemExit, match=message):
-        P.main(arguments(root, "--dataset", "infoseek"))
 
 
 # ---------------------------------------------------------------------------------------------------------- retrieval

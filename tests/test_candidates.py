@@ -345,7 +345,7 @@ def write_pickle(raw, content):
     (lambda raw: faiss.write_index(faiss.IndexFlatIP(3), f"{raw.index}/kb_index.faiss"), "0 vectors of 3 numbers"),
     (lambda raw: faiss.write_index(faiss.IndexFlatL2(4), f"{raw.index}/kb_index.faiss"), "no flat index of inner"),
     (lambda raw: os.truncate(f"{raw.index}/kb_index.faiss", 60), "faiss cannot read it"),
-    (lambda raw: os.remove(raw.root / "encyclopedic_kb_wiki.json"), "encyclopedic_kb_wiki.json is missing"),
+    (lambda raw: os.remove(raw.root / "encyclopedic_kb_wiki.json"), "encyclopedic_kb_wiki.json or wiki_corpus.json is missing"),
     (lambda raw: os.remove(raw.root / "test.csv"), "test.csv is missing")],
     ids=["shifted", "short", "too high", "texts", "ids gone", "dim", "distances", "cut", "kb", "csv"])
 def test_echosight_index_of_something_else(raw, break_, complaint):
@@ -395,8 +395,3 @@ def test_mining_for_all_rows_gives_their_pools(raw, capsys):
     assert all(sum(labels) == 1 and len(set(pool)) == 3 for _, pool, _, labels in got)
 
 
-def test_mining_by_title():
-    """InfoSeek's official files know an entity by its title, too; one that two entities have is nobody's."""
-    data = types.SimpleNamespace(entities=[{"entity_id": f"u{j}", "title": title} for j, title in enumerate("abccd")])
-    names = [("u9", "u1"), ("u9",), ("u9",), ("u9",), ("u9",)]
-    assert mine.find_positives(data, names, ["d", "d", "c", "x", ""]).tolist() == [1, 4, -1, -1, -1]

@@ -26,8 +26,10 @@ from fuzz_actions import ORIGINAL, RESIZED, SEEDS, NotJson, Slow, check
 from policy import load_policy, parse, read_adapter
 from mini.pretrain import init_weights
 from scorer import ARRAYS, EvaClip, EvaClipConfig, Query, load_data, load_scorer, read_image
-from test_benchmarks import arguments, landmarks, official, root, scorer  # noqa: F401 (two are fixtures)
+from test_benchmarks import arguments, landmarks, root, scorer  # noqa: F401 (two are fixtures)
+from test_layouts import official
 from test_train import build_data
+from tools import layouts
 
 MANY = settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -156,7 +158,11 @@ def floats(value):
 
 
 def read_raw(args):
-    """prepare.py's reading of everything but images; every row that was read is kept or counted as dropped."""
+    """prepare.py's reading of everything but images; every row that was read is kept or counted as dropped. InfoSeek's
+    official files become its csv before."""
+    if args.dataset == "infoseek":
+        Path(args.root, "infoseek_test_filtered.csv").unlink(missing_ok=True)
+        layouts.infoseek(layouts.parse_args(["infoseek", "--root", args.root]))
     splits = [prepare.read_questions(args, name) for name in args.splits]
     prepare.find_images(args, splits)
     prepare.read_kb(args, splits, {}, f"{args.out}.draft")

@@ -12,7 +12,6 @@ Urls that AToMiC lacks (1.25 million of E-VQA's) stay out of the mapping, and pr
 """
 
 import argparse
-import hashlib
 import json
 import os
 from array import array
@@ -38,11 +37,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def url_hash(url):
-    """64 bits of a url: among 10 million the odds that any two are equal are 3 in a million."""
-    return int.from_bytes(hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-
-
 def wanted_urls(kb):
     """Hashes of the image urls that a knowledge base lists, uint64 ascending: 8 bytes each, where a set takes 200."""
     hashes = array("Q")
@@ -50,7 +44,7 @@ def wanted_urls(kb):
         for key, entry in prepare.stream_json(kb, bar=bar):
             if not isinstance(entry, dict) or not isinstance(entry.get("image_urls"), list):
                 raise InputError(f"{kb}: entry {key!r} has no list image_urls; is this the knowledge base? (--kb)")
-            hashes.extend(url_hash(url) for url in entry["image_urls"])
+            hashes.extend(prepare.hash8(url) for url in entry["image_urls"])
     return np.unique(np.frombuffer(hashes, np.uint64))
 
 
@@ -67,7 +61,7 @@ def unpack(parquet, path, root, wanted):
     pairs = {}
     for batch in batches(parquet, path):
         urls = batch.column("image_url").to_pylist()
-        hashes = np.array([url_hash(url or "") for url in urls], np.uint64)
+        hashes = np.array([prepare.hash8(url or "") for url in urls], np.uint64)
         for i in np.flatnonzero(np.isin(hashes, wanted)).tolist():
             value = batch.column("image")[i].as_py()
             content = value["bytes"] if isinstance(value, dict) else value

@@ -98,8 +98,7 @@ def read_index(folder, dim):
 
 def read_entities(flags, ids, confirm):
     """Stream the knowledge base -> (keys of its entries, {place: image urls} of the entries in confirm)."""
-    names = [os.path.join(flags.root, name) for name in ((flags.kb,) if flags.kb else prepare.KB_NAMES[flags.dataset])]
-    path, keys, urls = prepare.needed(next(filter(os.path.isfile, names), names[0])), [], {}
+    path, keys, urls = prepare.kb_file(flags), [], {}
     with tqdm(total=os.path.getsize(path), desc="knowledge base", unit="B", unit_scale=True, disable=None) as bar:
         for key, entry in prepare.stream_json(path, bar=bar):
             prepare.check_entry(path, key, entry, "release")
@@ -119,7 +118,7 @@ def embed_images(flags, scorer, paths, desc):
     work = os.path.normpath(flags.out) + ".work"
     os.makedirs(work, exist_ok=True)
     features = prepare.Features(work, "image", scorer)
-    places = prepare.embed_images(flags, scorer, features, paths, str, desc)
+    places = prepare.embed_images(flags, scorer, features, paths, desc)
     there = np.array([i for i, place in enumerate(places) if not features.fault(place, paths[i])], np.int64)
     return features.take(places[there]), there
 
@@ -139,7 +138,7 @@ def embed_queries(flags, scorer):
 def confirm_vectors(flags, scorer, vectors, ids, sample, urls):
     """InputError unless most vectors of the sample are features of an image of the entity that their id names."""
     files = prepare.image_files(flags)
-    images = {j: [files.path(number) for number, reason in map(files.number, urls[j]) if not reason] for j in urls}
+    images = {j: [files[key] for key in map(prepare.hash8, urls[j]) if key in files] for j in urls}
     paths = list(dict.fromkeys(path for own in images.values() for path in own))
     found, there = embed_images(flags, scorer, paths, "images to confirm the index")
     feature = {paths[i]: vector for i, vector in zip(there.tolist(), found)}

@@ -43,31 +43,17 @@ def parse_args(argv=None):
 
 
 def read_queries(data, args):
-    """The queries to mine for -> (ids [Q], features [Q, D], positives [Q], tuples of entity ids, and titles [Q])."""
+    """The queries to mine for -> (ids [Q], features [Q, D], of each its positives, entity ids)."""
     if not args.all:
         queries = list(data.queries)
-        return [q.query_id for q in queries], data.full, [tuple(q.positives) for q in queries], [""] * len(queries)
+        return [query.query_id for query in queries], data.full, [query.positives for query in queries]
     flags = prepare.parse_args([])
     vars(flags).update(data.manifest["args"])  # the folder's own
     flags.root, flags.out, flags.splits = data.root, args.data, [args.split]
     scorer = load_scorer(flags.scorer, args.device, data.manifest["scorer"]["dtype"])
     same_scorer(args.data, data.manifest, scorer)
     rows, full, image = embed_queries(flags, scorer)
-    return [row.query_id for row in rows], full[image], [row.positives for row in rows], [row.title for row in rows]
-
-
-def find_positives(data, positives, titles):
-    """Line in kb.jsonl of each query's positive, int64 [Q]: the first of its ids that is there, else the one entity
-    with its title (InfoSeek's official files have titles); -1 where the knowledge base has none of them."""
-    wanted, wanted_titles = {name for names in positives for name in names}, set(titles) - {""}
-    line_of, line_of_title = {}, {}
-    for j, entity in enumerate(data.entities):
-        if entity["entity_id"] in wanted:
-            line_of[entity["entity_id"]] = j
-        if entity["title"] in wanted_titles:
-            line_of_title[entity["title"]] = -1 if entity["title"] in line_of_title else j
-    return np.array([next((line_of[name] for name in names if name in line_of), line_of_title.get(title, -1))
-                     for names, title in zip(positives, titles)], np.int64)
+    return [row.query_id for row in rows], full[image], [[row.positive] for row in rows]
 
 
 def first_images(data):
@@ -127,8 +113,11 @@ def nearest(gap, names, count):
 
 def pools(data, args, counts):
     """Yield (query id, entity ids, cosines) of each pool; what becomes of every query is added to counts."""
-    ids, full, names, titles = read_queries(data, args)
-    positives, starts = find_positives(data, names, titles), first_images(data)  # [Q], [E + 1]
+    ids, full, names = read_queries(data, args)
+    wanted, starts = {name for own in names for name in own}, first_images(data)  # [E + 1]
+    line_of = {entity["entity_id"]: j for j, entity in enumerate(data.entities) if entity["entity_id"] in wanted}
+    # [Q] lines of kb.jsonl, -1 = not there
+    positives = np.array([next((line_of[name] for name in own if name in line_of), -1) for own in names], np.int64)
     rows = np.flatnonzero(positives >= 0)
     counts["positive not in the knowledge base"] = len(ids) - len(rows)
     found, gaps = mine(data, full[rows], positives[rows], args.k, args.device)

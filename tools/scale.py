@@ -90,7 +90,8 @@ pictures = (sorted(os.listdir({folder!r})) * {batch})[:{batch}]
 def embed():  # files, into pieces on disk, as prepare.py does
     with tempfile.TemporaryDirectory() as work:
         features, begin = prepare.Features(work, "image", scorer), time.perf_counter()
-        prepare.embed_images(prepare.parse_args(["--root", {folder!r}]), scorer, features, pictures, str, "images")
+        flags = prepare.parse_args(["--root", {folder!r}, "--batch-size", "{batch}"])
+        prepare.embed_images(flags, scorer, features, pictures, "images")
         return (time.perf_counter() - begin) / {batch}
 per_image = (embed(), embed())[1]  # the first is slower
 scorer.text_features(texts)
