@@ -237,7 +237,10 @@ class Shared:
         """A x of layer i -> [n, r]; the first of the group to see x computes it for all."""
         if x is not self.x:
             self.x, self.parts = x, F.linear(x.flatten(0, -2), self.a).split(self.ranks, 1)
-        return self.parts[i]
+        low = self.parts[i]
+        if i + 1 == len(self.ranks):  # the last of them: a prompt's activations must not be kept until the next pass
+            self.x = self.parts = None
+        return low
 
 
 # ---- what travels: prompts, completions, and the tree that packs completions

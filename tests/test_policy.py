@@ -23,8 +23,8 @@ import policy as policy_module
 import rgrpo
 import tiny_policy
 from policy import (
-    FULL_TEXT, REGION_TEXT, Action, Draft, Grammar, WindowAttention, adapter_base, load_policy, next_digits, parse,
-    queries_a_row, to_original,
+    FULL_TEXT, REGION_TEXT, Action, Draft, Grammar, Layout, Tree, WindowAttention, adapter_base, load_policy,
+    next_digits, parse, queries_a_row, to_original,
 )
 from tools import merge
 
@@ -682,7 +682,10 @@ def test_a_decoding_step_costs_little_more_with_lora(policy, prompts, monkeypatc
         policy.rollout(prompts, [["REGION"]] * 4, sample=False)
     assert lora / np.median(counts) <= 1.2
     assert all(layer.shared is None for layer in policy.layers.values())
-    monkeypatch.setattr(policy, "_share", lambda: None)
+    policy._share()
+    policy._forward(Layout([[(prompts[0], Tree([[70]], [1]))]]))
+    assert all(layer.shared[0].x is None for layer in policy.layers.values())  # gigabytes, of long prompts
+    monkeypatch.setattr(policy, "_share", lambda: [setattr(layer, "shared", None) for layer in policy.layers.values()])
     slow = policy.rollout(prompts, [["REGION"]] * 4, sample=False)
     assert [[c.ids for c in group] for group in slow] == [[c.ids for c in group] for group in groups]
 
