@@ -88,10 +88,11 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("max-pixels", number(int, 28 * 28), None, "area that the policy's images are shrunk to; None = its own"),
         ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1; in torchrun cpu or cuda")],
     "r-GRPO (Sec. 3.4; rgrpo.py explains the readings)": [
-        ("balance", ("force", "resample", "none"), "force", "how both decisions come into a group"),
+        ("balance", ("force", "analytic", "resample", "none"), "force", "how both decisions come into a group"),
         ("advantage", ("factored", "group", "conditional", "balanced"), "factored", "what a token is judged by"),
         ("decision-weight", ("uniform", "pi"), "uniform", "of FULL and REGION in the decision's advantage"),
         ("std", bool, True, "divide advantages by the group's deviation (Eq. 9)"),
+        ("std-floor", above_0, 0.05, "least deviation that a z-score inside a decision divides by"),
         ("decode", ("grammar", "free"), "grammar", "decision, digits, their ends are choices | any text, then parsed"),
         ("temperature", above_0, 1.0, "of sampling, and of the log-probabilities that are trained"),
         ("clip", above_0, 0.2, "of the probability ratio"),
@@ -111,7 +112,7 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("targets", ("all", "language"), None, "all linear layers | those of the language model")],
     "sizes and schedule (App. B)": [
         ("queries", least_1, None, "queries a step, over all processes of torchrun"),
-        ("group", number(int, 2), None, "N, rollouts a query"),
+        ("group", number(int, 2), None, "N, rollouts a query; with --balance analytic all of them are boxes"),
         ("micro-tokens", least_1, None, "tokens of a forward and backward pass; None = what the card bears, by trial, "
          "8192 on a CPU; changes memory, and dropout's draws"),
         ("checkpointing", bool, False, "compute activations twice instead of keeping them: a third more time"),
@@ -232,8 +233,8 @@ def open_step(step, policy, data, args):
 def sample_groups(policy, prompts, seeds, args):
     """A group of answers a query, and how many rollouts each stands for: B lists of Completion, B lists of int.
 
-    Under balance "force" with a grammar all N/2 FULL rollouts of a query are one and the same answer: it is written
-    once and counts N/2 times. "resample" draws freely first and then again what `rgrpo.plan` asks for.
+    Under balance "force" and "analytic" with a grammar all FULL rollouts of a query are one and the same answer: it is
+    written once and counts as often. "resample" draws freely first and then again what `rgrpo.plan` asks for.
     """
     def roll(queries, plans, salt=0):
         return policy.rollout([prompts[b] for b in queries], plans, args.decode, args.temperature,
@@ -241,7 +242,7 @@ def sample_groups(policy, prompts, seeds, args):
 
     everyone = range(len(prompts))
     plan = rgrpo.plan(args.group, args.balance)
-    if args.balance == "force" and args.decode == "grammar":
+    if args.balance in ("force", "analytic") and args.decode == "grammar":
         full, regions = plan.count("FULL"), plan.count("REGION")
         groups = roll(everyone, [["FULL"] + ["REGION"] * regions] * len(prompts))
         return groups, [[full] + [1] * regions] * len(prompts)
@@ -253,7 +254,7 @@ def sample_groups(policy, prompts, seeds, args):
         drawn = roll(lacking, [[entry or "FULL" for entry in again[b]] for b in lacking], salt=1) if lacking else []
         for b, new in zip(lacking, drawn):
             groups[b] = [fresh if entry else old for entry, old, fresh in zip(again[b], groups[b], new)]
-    return groups, [[1] * args.group] * len(prompts)
+    return groups, [[1] * len(plan)] * len(prompts)
 
 
 def score_views(data, scorer, rows, images, actions):
@@ -311,7 +312,8 @@ def judge(actions, counts, rewards, args):
     p_region = None
     if args.decision_weight == "pi":
         p_region = torch.tensor([group[0].p_region for group in actions])  # [B]
-    pair = rgrpo.advantages(total, codes, args.advantage, args.decision_weight, p_region, weight, args.std)  # Eq. 9
+    pair = rgrpo.advantages(total, codes, args.advantage, args.decision_weight, p_region, weight, args.std,
+                            args.std_floor)  # Eq. 9
     return *pair, weight
 
 

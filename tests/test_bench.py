@@ -93,7 +93,7 @@ def test_rewards_and_advantages_are_those_of_train(args):
     totals, passes = bench.rewards_of(scorer, images, actions, full, candidates)
     data = SimpleNamespace(full=full, candidates=lambda i: candidates[i], labels=[bench.LABELS] * 2)
     settings = SimpleNamespace(reward_weights=(0.2, 0.2, 0.2, 0.4), eta=1.0, reward="delta", advantage="factored",
-                               decision_weight="uniform", std=True)
+                               decision_weight="uniform", std=True, std_floor=0.05)
     views = train.score_views(data, scorer, [0, 1], images, actions)
     wanted = train.reward_groups(data, [0, 1], actions, views, settings)
     np.testing.assert_allclose(totals, [w["total"] for w in wanted], atol=1e-6)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,24 @@ def test_force_splits_the_group():
     assert rgrpo.plan(8) == [F] * 4 + [R] * 4
     assert rgrpo.plan(5) == [F, F, R, R, R]  # FULL's reward is a constant, so the odd one is a box
     assert rgrpo.plan(2, "force", [F, F]) == [F, R]
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_analytic_spends_all_rollouts_on_boxes(n):
+    """It is `force` of twice the size, whose mean gradient is enumerated below; FULL is written once all the same."""
+    assert rgrpo.plan(n, "analytic") == rgrpo.plan(2 * n, "force") == [F] * n + [R] * n
+
+
+def test_more_boxes_make_the_estimate_steadier():
+    """The decision's advantage is FULL's known reward against a mean over the boxes: its variance is theirs over n."""
+    draw, variances = np.random.default_rng(0), []
+    for n in (2, 8):
+        boxes = torch.tensor(draw.choice([0.9, -0.4, 0.1], (4000, n)))
+        rewards = torch.cat([torch.full((4000, n), 0.7, dtype=torch.float64), boxes], 1)
+        codes = torch.tensor([[FULL] * n + [REGION] * n] * 4000)
+        decision, _ = rgrpo.advantages(rewards, codes, std=False)
+        variances.append(decision[:, 0].double().var().item())  # (.7 - mean) / 2
+    assert 3.6 < variances[0] / variances[1] < 4.4
 
 
 def test_none_and_a_first_resample_force_nothing():
@@ -422,7 +441,7 @@ def test_running_the_file_prints_a_row_for_every_reading():
     ran = subprocess.run([sys.executable, "rgrpo.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split() for line in ran.stdout.splitlines()]
     assert [" ".join(row[:2]) for row in rows[1:]] == [
-        "force factored", "force factored", "force group", "force balanced", "force conditional",
+        "force factored", "analytic factored", "force factored", "force group", "force balanced", "force conditional",
         "resample factored", "none factored", "none group"]
     rewards = [float(row[-1]) for row in rows[1:]]
-    assert min(rewards[:2]) > 0.53 and rewards[4] == min(rewards)
+    assert min(rewards[:3]) > 0.53 and rewards[5] == min(rewards)

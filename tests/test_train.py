@@ -309,6 +309,14 @@ def test_force_writes_full_once_and_counts_it_half_the_group(home, data, setting
         assert len({c.action.box for group in groups for c in group}) > 4  # the boxes are draws
 
 
+def test_analytic_writes_full_once_and_a_box_a_rollout(home, data, settings):
+    prompts, groups, counts, _ = drawn(new_policy(home), data, settings("--group", "3", "--balance", "analytic"))
+    assert decisions(groups) == [["FULL"] + ["REGION"] * 3] * 4 and counts == [[3, 1, 1, 1]] * 4
+    free = settings("--group", "2", "--balance", "analytic", "--decode", "free", "--max-new-tokens", "4")
+    _, groups, counts, _ = drawn(new_policy(home), data, free)
+    assert counts == [[1] * 4] * 4 and [[c.ids[:9] for c in g] for g in groups][0][0] != groups[0][3].ids[:9]
+
+
 def test_force_with_free_text_writes_every_rollout(home, data, settings):
     _, groups, counts, _ = drawn(new_policy(home), data, settings("--decode", "free", "--max-new-tokens", "12"))
     assert counts == [[1] * 4] * 4
@@ -397,7 +405,7 @@ def test_flags_of_the_reward(data, scorer, settings, more, wanted):
 
 
 @pytest.mark.parametrize("more, wanted", [
-    ((), {}), (("--no-std",), {"std": False}), (("--advantage", "group"), {"mode": "group"}),
+    ((), {}), (("--no-std",), {"std": False}), (("--std-floor", "0.7"), {"std_floor": 0.7}), (("--advantage", "group"), {"mode": "group"}),
     (("--decision-weight", "pi"), {"decision_weight": "pi", "p_region": torch.tensor([.1, .7])})])
 def test_flags_of_the_advantage(settings, more, wanted):
     actions = [[Action(d, None, p, "") for d in ("FULL", "REGION", "REGION")] for p in (.1, .7)]

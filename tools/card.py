@@ -21,9 +21,9 @@ COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1 %", "R@5": "R@5 %", "CondR@
            "crop_rate": "crop %"}  # field of metrics.json: what stands above it; recalls in per cent, as the paper
 # Arguments that say how a run was trained; the rest is where and how fast.
 METHOD = ("policy_dtype", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight",
-          "std", "decode", "temperature", "reward", "reward_weights", "eta", "encouragement", "encouragement_steps",
-          "clip", "beta", "hold", "norm", "rank", "alpha", "dropout", "targets", "queries", "group", "inner_steps",
-          "steps", "epochs", "lr", "warmup", "seed")
+          "std", "std_floor", "decode", "temperature", "reward", "reward_weights", "eta", "encouragement",
+          "encouragement_steps", "clip", "beta", "hold", "norm", "rank", "alpha", "dropout", "targets", "queries",
+          "group", "inner_steps", "steps", "epochs", "lr", "warmup", "seed")
 
 
 def parse_args(argv=None):

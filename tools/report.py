@@ -31,8 +31,8 @@ LABELS = {  # methods in the order of the paper's Table 1; a method that is not 
     "zeroshot2": "zero-shot, second base", "zeroshot_always": "zero-shot box, always", "always": "learned box, always",
     "policy": "learned policy", "truth": "true box, always", "oracle": "oracle"}
 CROPPING = ("zeroshot", "zeroshot2", "always", "policy")  # Table 4 and 7: methods that choose a region by looking
-NO_WEIGHT = ("max_prompt_tokens", "checkpointing", "micro", "eval_every", "val_queries", "save_every", "samples_every",
-             "tensorboard", "wandb")  # arguments of train.py that move no weight
+NO_WEIGHT = ("max_prompt_tokens", "checkpointing", "micro_tokens", "eval_every", "val_queries", "save_every",
+             "samples_every", "tensorboard", "wandb")  # arguments of train.py that move no weight
 SLACK = 0.01  # "at least as good as" means: not worse by more than this
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 
