@@ -34,7 +34,6 @@ import time
 import zipfile
 import zlib
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,9 +166,8 @@ def prepare(args):
 
     images, texts = (Features(work, kind, scorer, rank, world) for kind in ("image", "text"))
     for split in splits:
-        paths = list(dict.fromkeys(row.image for row in split.rows))
-        split.place = dict(zip(paths, embed_images(args, scorer, images, paths, f"{split.name} images").tolist()))
-    kb.place = embed_images(args, scorer, images, list(kb.paths), "kb images")
+        split.place = embed_images(args, scorer, images, (row.image for row in split.rows), f"{split.name} images")
+    kb.place = embed_images(args, scorer, images, kb.place, "kb images")
     kb.text_place = embed_texts(args, scorer, texts, kb)
     manifest = None
     if rank == 0:
@@ -195,6 +193,9 @@ class Drops:
         if times:
             self.counts[whole(reason)] += times
             self.first.setdefault(whole(reason), whole(case))  # it is printed, and written to the manifest
+
+    def __str__(self):
+        return f"{dict(self.counts)}; first cases: {self.first}"
 
 
 def whole(text):
@@ -241,9 +242,9 @@ class Split:
     def check(self):
         """InputError when nothing is left of the split."""
         if not self.rows:
-            raise InputError(f"{self.file}: none of {self.read} rows can be used for {self.name}: "
-                             f"{dict(self.drops.counts)}; first cases: {self.drops.first}. Mend that, or leave the "
-                             "split out with --splits" + " (and train with --eval-every 0)" * (self.name == "val"))
+            raise InputError(f"{self.file}: none of {self.read} rows can be used for {self.name}: {self.drops}. Mend "
+                             "that, or leave the split out with --splits" +
+                             " (and train with --eval-every 0)" * (self.name == "val"))
 
 
 def read_questions(args, name):
@@ -411,14 +412,12 @@ class KB:
     draft: str                                    # path of a .jsonl
     entries_read: int = 0
     images_read: int = 0
-    paths: dict = field(default_factory=dict)     # path of an image file -> its number, in order of appearance
-    image: array = field(default_factory=lambda: array("i"))     # numbers of all entities' images, one after the other
+    place: dict = field(default_factory=dict)     # path of an image -> its place in Features, in order of appearance
     text_key: array = field(default_factory=lambda: array("Q"))  # [E] hash8 of its text, 0 = no text
     known: dict = field(default_factory=dict)     # url of a positive -> entity (line of draft), NO_IMAGE or IN_NO_POOL
     listed: dict = field(default_factory=dict)    # id that a run names -> entity
     drops: Drops = field(default_factory=Drops)
     image_drops: Drops = field(default_factory=Drops)
-    place: object = None                          # of each image file its place in Features
     text_place: object = None                     # [E] those of the texts
     line: object = None                           # [E] line in kb.jsonl, NO_IMAGE where no image can be read
 
@@ -426,9 +425,8 @@ class KB:
         """InputError when fewer entities are left than a pool needs."""
         if kept < args.k:
             raise InputError(f"{self.file}: {kept} of {self.entries_read} entries have a readable image, a pool needs "
-                             f"{args.k}: lower --k or restore images; left out: "
-                             f"{dict(self.drops.counts + self.image_drops.counts)}; first cases: "
-                             f"{ {**self.drops.first, **self.image_drops.first} }")
+                             f"{args.k}: lower --k or restore images; left out: {self.drops}; of their images: "
+                             f"{self.image_drops}")
 
 
 def kb_file(args):
@@ -442,9 +440,8 @@ def read_kb(args, splits, run, draft, quiet=False):
     listed = {entity for ids in run.values() for entity in ids[:args.k + SPARE]}
     enough = max(args.limit, 10 * args.k) if args.limit else float("inf")  # entries
     kb, files, seen = KB(kb_file(args), draft), image_files(args), set()
-    bar = tqdm(total=os.path.getsize(kb.file), desc="knowledge base", unit="B", unit_scale=True, disable=quiet or None)
-    with bar, open(draft, "w", encoding="utf-8", errors="surrogatepass") as lines:
-        for url, entry in stream_json(kb.file, bar):
+    with open(draft, "w", encoding="utf-8", errors="surrogatepass") as lines:
+        for url, entry in stream_json(kb.file, "" if quiet else "knowledge base"):
             check_entry(kb.file, url, entry, args.text)
             if kb.entries_read >= enough and len(kb.known) == len(wanted):
                 break  # a trial has all that it needs
@@ -469,7 +466,7 @@ def read_kb(args, splits, run, draft, quiet=False):
                     kb.listed[name] = len(kb.text_key)
                 text = candidate_text(entry, args.text)
                 kb.text_key.append(hash8(text) if text else 0)
-                kb.image.extend(kb.paths.setdefault(path, len(kb.paths)) for path in paths)  # entries share flags, maps
+                kb.place.update(dict.fromkeys(paths))  # places come later; entries share images (flags, maps, logos)
                 lines.write(json.dumps({"entity_id": url, "title": whole(entry["title"]), "text": text,
                                         "images": paths}, ensure_ascii=False) + "\n")
     kb.check(args, len(kb.text_key))  # now, and not after a day of embedding
@@ -521,14 +518,15 @@ def image_files(args):
     return files
 
 
-def stream_json(path, bar=None):
+def stream_json(path, desc=""):
     """Yield (key, value) of a JSON object of any size, in file order; repeated keys are yielded again.
 
-    Values are objects or strings. bar: a tqdm of bytes. InputError naming the last whole entry. json.load would need
-    some 40 GB for the 19 GB of E-VQA.
+    Values are objects or strings. desc: of a bar of bytes, "" = none. InputError naming the last whole entry. json.load
+    would need some 40 GB for the 19 GB of E-VQA.
     """
     buffer, at, last = "", 0, None
-    with open(path, encoding="utf-8-sig") as file:  # a byte-order mark may come first
+    bar = tqdm(total=os.path.getsize(path), desc=desc, unit="B", unit_scale=True, disable=None if desc else True)
+    with bar, open(path, encoding="utf-8-sig") as file:  # a byte-order mark may come first
         try:
             while True:
                 if entry := next_entry(buffer, at, "{" if last is None else ","):
@@ -536,8 +534,7 @@ def stream_json(path, bar=None):
                     yield last, value
                     continue
                 more = file.read(max(CHUNK, len(buffer) - at))  # ever more for an entry that is longer
-                if bar is not None:
-                    bar.update(file.buffer.tell() - bar.n)
+                bar.update(file.buffer.tell() - bar.n)
                 if not more and re.fullmatch(r"\s*{\s*}\s*" if last is None else r"\s*}\s*", buffer[at:]):
                     return
                 buffer, at = buffer[at:] + more, 0
@@ -666,7 +663,9 @@ def embed(args, features, keys, read, encode, desc):
 
 
 def embed_images(args, scorer, features, paths, desc):
-    """Features of image files below the root -> places int64 [N], -1 where there is no such file."""
+    """Features of image files below the root -> {path: place}, -1 where there is no such file."""
+    paths = list(dict.fromkeys(paths))
+
     def key(path):  # a file and its content, as far as size and time of change tell
         try:
             status = os.stat(os.path.join(args.root, path))
@@ -675,8 +674,9 @@ def embed_images(args, scorer, features, paths, desc):
         return hash8(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
 
     bar = tqdm(paths, desc=f"look at {desc}", disable=True if features.rank else None, leave=False)
-    keys = np.fromiter(map(key, bar), np.uint64, len(paths))
-    return embed(args, features, keys, partial(read_pictures, args.root, paths, scorer.preprocess), scorer.encode, desc)
+    keys, read = np.fromiter(map(key, bar), np.uint64, len(paths)), partial(
+        read_pictures, args.root, paths, scorer.preprocess)
+    return dict(zip(paths, embed(args, features, keys, read, scorer.encode, desc).tolist()))
 
 
 def read_pictures(root, paths, preprocess, items):
@@ -711,20 +711,18 @@ def write_kb(args, kb, images, texts):
     Of an entity the images that have a feature are listed, so that row and path can be matched by counting; an entity
     without any is left out. Rows of an entity are consecutive, in the order of its images; zeros in kb_text: no text.
     """
-    rows, owners, kept, start = array("q"), array("i"), array("i"), 0
+    rows, owners, kept = array("q"), array("i"), array("i")
     with replacing(os.path.join(args.out, "kb.jsonl")) as temporary, open(
             temporary, "w", encoding="utf-8", errors="surrogatepass") as file, open(
             kb.draft, encoding="utf-8", errors="surrogatepass") as draft:
         for j, line in enumerate(draft):
             entity, good = json.loads(line), []
-            own = kb.place[kb.image[start:start + len(entity["images"])]]
-            start += len(own)
-            for at, path in zip(own.tolist(), entity["images"]):
-                if fault := images.fault(at, path):
+            for path in entity["images"]:
+                if fault := images.fault(kb.place[path], path):
                     kb.image_drops.add(fault, f"{entity['entity_id']}: {path}")
                 else:
                     good.append(path)
-                    rows.append(at)
+                    rows.append(kb.place[path])
                     owners.append(len(kept))
             if good:
                 kept.append(j)

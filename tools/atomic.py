@@ -40,11 +40,10 @@ def parse_args(argv=None):
 def wanted_urls(kb):
     """Hashes of the image urls that a knowledge base lists, uint64 ascending: 8 bytes each, where a set takes 200."""
     hashes = array("Q")
-    with tqdm(total=os.path.getsize(kb), desc="knowledge base", unit="B", unit_scale=True, disable=None) as bar:
-        for key, entry in prepare.stream_json(kb, bar=bar):
-            if not isinstance(entry, dict) or not isinstance(entry.get("image_urls"), list):
-                raise InputError(f"{kb}: entry {key!r} has no list image_urls; is this the knowledge base? (--kb)")
-            hashes.extend(prepare.hash8(url) for url in entry["image_urls"])
+    for key, entry in prepare.stream_json(kb, "knowledge base"):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_urls"), list):
+            raise InputError(f"{kb}: entry {key!r} has no list image_urls; is this the knowledge base? (--kb)")
+        hashes.extend(prepare.hash8(url) for url in entry["image_urls"])
     return np.unique(np.frombuffer(hashes, np.uint64))
 
 

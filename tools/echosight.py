@@ -24,7 +24,6 @@ import pickletools
 import faiss
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import prepare
 from scorer import InputError, load_scorer, normalise, write_trec
@@ -99,12 +98,11 @@ def read_index(folder, dim):
 def read_entities(flags, ids, confirm):
     """Stream the knowledge base -> (keys of its entries, {place: image urls} of the entries in confirm)."""
     path, keys, urls = prepare.kb_file(flags), [], {}
-    with tqdm(total=os.path.getsize(path), desc="knowledge base", unit="B", unit_scale=True, disable=None) as bar:
-        for key, entry in prepare.stream_json(path, bar=bar):
-            prepare.check_entry(path, key, entry, "release")
-            if len(keys) in confirm:
-                urls[len(keys)] = entry["image_urls"]
-            keys.append(prepare.whole(key))
+    for key, entry in prepare.stream_json(path, "knowledge base"):
+        prepare.check_entry(path, key, entry, "release")
+        if len(keys) in confirm:
+            urls[len(keys)] = entry["image_urls"]
+        keys.append(prepare.whole(key))
     if ids and not 0 <= min(ids) <= max(ids) < len(keys):
         raise InputError(f"ids of the index must be places in {path}, 0 to {len(keys) - 1}; {min(ids)} to {max(ids)} "
                          "are those of another knowledge base (--kb)")
@@ -114,13 +112,13 @@ def read_entities(flags, ids, confirm):
 # --------------------------------------------------------------------------------------------------------- features
 
 def embed_images(flags, scorer, paths, desc):
-    """Paths below the root -> (float16 [n, D] of those that can be read, which [n]). Features stay in DATA.work."""
+    """Paths below the root -> (those that can be read, their features float16 [n, D]). Features stay in DATA.work."""
     work = os.path.normpath(flags.out) + ".work"
     os.makedirs(work, exist_ok=True)
     features = prepare.Features(work, "image", scorer)
-    places = prepare.embed_images(flags, scorer, features, paths, desc)
-    there = np.array([i for i, place in enumerate(places) if not features.fault(place, paths[i])], np.int64)
-    return features.take(places[there]), there
+    place = prepare.embed_images(flags, scorer, features, paths, desc)
+    there = [path for path in paths if not features.fault(place[path], path)]
+    return there, features.take(np.array([place[path] for path in there], np.int64))
 
 
 def embed_queries(flags, scorer):
@@ -128,8 +126,8 @@ def embed_queries(flags, scorer):
     split = prepare.read_questions(flags, flags.splits[0])
     prepare.find_images(flags, [split])
     paths = list(dict.fromkeys(row.image for row in split.rows))  # rows share images
-    full, there = embed_images(flags, scorer, paths, f"{split.name} images")
-    number = {paths[i]: n for n, i in enumerate(there.tolist())}
+    there, full = embed_images(flags, scorer, paths, f"{split.name} images")
+    number = {path: n for n, path in enumerate(there)}
     split.rows = [row for row in split.rows if row.image in number]
     split.check()
     return split.rows, full, [number[row.image] for row in split.rows]
@@ -140,8 +138,7 @@ def confirm_vectors(flags, scorer, vectors, ids, sample, urls):
     files = prepare.image_files(flags)
     images = {j: [files[key] for key in map(prepare.hash8, urls[j]) if key in files] for j in urls}
     paths = list(dict.fromkeys(path for own in images.values() for path in own))
-    found, there = embed_images(flags, scorer, paths, "images to confirm the index")
-    feature = {paths[i]: vector for i, vector in zip(there.tolist(), found)}
+    feature = dict(zip(*embed_images(flags, scorer, paths, "images to confirm the index")))
     near = asked = 0
     for m in sample:
         own = [feature[path] for path in images[ids[m]] if path in feature]

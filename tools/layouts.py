@@ -28,8 +28,6 @@ import urllib.parse
 import zlib
 from collections import Counter
 
-from tqdm import tqdm
-
 import prepare
 from scorer import InputError, replacing
 
@@ -90,10 +88,9 @@ def write_pairs(out, pairs, counts):
 
 def entries(kb):
     """Yield (url, entry) of a knowledge base."""
-    with tqdm(total=os.path.getsize(kb), desc="knowledge base", unit="B", unit_scale=True, disable=None) as bar:
-        for url, entry in prepare.stream_json(kb, bar):
-            prepare.check_entry(kb, url, entry, "release")
-            yield prepare.whole(url), entry
+    for url, entry in prepare.stream_json(kb, "knowledge base"):
+        prepare.check_entry(kb, url, entry, "release")
+        yield prepare.whole(url), entry
 
 
 # ----------------------------------------------------------------------------------------------------------- InfoSeek
