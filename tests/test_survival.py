@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,10 +27,9 @@ import policy as policy_file
 import train
 from policy import Action
 from scorer import InputError, hold, load_data, load_scorer
-from test_train import flags, home, new_policy, refused, torchrun, weights  # noqa: F401 (home is a fixture)
+from test_train import ADAPTER, flags, forked, home, read_log, refused, untimed, weights  # noqa: F401 (home is a fixture)
 
 STEPS, EVERY = 6, 2  # steps of a run, and between two states
-LIVE = ("seconds", "memory_mb")  # what differs between two equal runs
 
 
 def command(home, run, *more):
@@ -40,9 +38,9 @@ def command(home, run, *more):
                  *more)
 
 
-def read_log(run):
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in LIVE} for line in lines]
+def steps_of(run):
+    """Steps in the log; -1 is the policy before training."""
+    return [line["step"] for line in read_log(run)]
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +72,11 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at(owner, name, count, before=die, after=lambda *_, **__: None):
+def nothing(*_, **__):
+    pass
+
+
+def at(owner, name, count, before=die, after=nothing):
     """A `prepare` for `child`: the `count`-th call of owner.name is preceded by `before` and followed by `after`."""
     def prepare():
         whole, calls = getattr(owner, name), []
@@ -90,10 +92,6 @@ def at(owner, name, count, before=die, after=lambda *_, **__: None):
 
         setattr(owner, name, counted)
     return prepare
-
-
-def nothing(*_, **__):
-    pass
 
 
 def half_a_file(path, content, *_):
@@ -120,7 +118,7 @@ def half_an_adapter(_, folder):
 
 def same_run(run, other):
     """Adapter, log (but for times) and samples are equal, and nothing else lies about."""
-    assert read_log(run) == read_log(other)
+    assert untimed(run) == untimed(other)
     assert (run / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
     assert weights(run) == weights(other)
     names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (run, other)]
@@ -129,18 +127,18 @@ def same_run(run, other):
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
-# os.replace, in order: config.json; after steps 2, 4 and 6 adapter_config.json, adapter_model.safetensors, state.pt.
+# os.replace, in order: config.json; adapter_config.json and adapter_model.safetensors of adapter_best/, of the policy
+# before training; after steps 2, 4 and 6 the two of adapter/ and state.pt. What follows rename n is what precedes n + 1.
 KILLS = {
-    **{f"before rename {n}": at(os, "replace", n) for n in range(1, 11)},
-    **{f"after rename {n}": at(os, "replace", n, nothing, die) for n in (1, 3, 4, 7, 10)},
+    **{f"before rename {n}": at(os, "replace", n) for n in range(1, 13)},
+    "after the last rename": at(os, "replace", 12, nothing, die),
     **{f"half of state {n}": at(Path, "write_bytes", n, half_a_file) for n in (1, 2)},
-    # Two calls a step, log and samples: the calls 5 and 6 are those of the third step, whose state is not saved.
-    **{f"half a line {n}": at(train, "append", n, half_a_line) for n in (1, 5, 6)},
-    **{f"between log and samples {n}": at(train, "append", 2 * n) for n in (1, 4)},
-    **{f"before reward {n}": at(train, "reward_groups", n) for n in (1, 6)},
+    # The first is of step -1; then two a step, log and samples: 6 and 7 are of the third step, whose state is not saved.
+    **{f"half a line {n}": at(train, "append", n, half_a_line) for n in (1, 2, 6, 7)},
+    **{f"between log and samples {n}": at(train, "append", 2 * n + 1) for n in (1, 4)},
+    "before a reward": at(train, "reward_groups", 6),
     **{f"in update {n}": at(torch.optim.AdamW, "step", n, nothing, die) for n in (3, 4)},
-    "half of the first adapter": at(policy_file.Policy, "save_adapter", 1, half_an_adapter),
-    "half of the last adapter": at(policy_file.Policy, "save_adapter", 3, half_an_adapter),
+    **{f"half of adapter {n}": at(policy_file.Policy, "save_adapter", n, half_an_adapter) for n in (1, 2, 4)},
     "before it is finished": at(Path, "write_text", 1),
 }
 
@@ -154,12 +152,9 @@ def test_killed_run_goes_on_as_if_nothing_had_been(home, unbroken, tmp_path, poi
     same_run(run, unbroken)
 
 
-ADAPTER = "adapter/adapter_model.safetensors"
-
-
 def test_killed_while_a_resume_cuts_the_log_back(home, unbroken, tmp_path):  # noqa: F811
     run = tmp_path / "run"
-    assert child(command(home, run), at(train, "append", 6)) == -signal.SIGKILL  # log: 3 lines, state: 2 steps
+    assert child(command(home, run), at(train, "append", 7)) == -signal.SIGKILL  # log: 3 steps, state: 2
     for rename in (1, 2, 3):  # config.json, log.jsonl, samples.jsonl
         assert child(command(home, run, "--resume"), at(os, "replace", rename)) == -signal.SIGKILL
         assert child(command(home, run, "--resume"), at(os, "replace", rename, nothing, die)) == -signal.SIGKILL
@@ -230,7 +225,7 @@ def test_signal_finishes_the_step_saves_and_exits(home, unbroken, tmp_path, numb
     run = tmp_path / "run"
     # The third step: not one after which the state is saved anyway.
     assert child(command(home, run), at(train, "sample_groups", 3, send(number))) == code
-    assert len(read_log(run)) == 3 and not (run / "finished").exists() and (run / ADAPTER).exists()
+    assert steps_of(run) == [-1, 0, 1, 2] and not (run / "finished").exists() and (run / ADAPTER).exists()
     assert torch.load(run / "state.pt", weights_only=True)["step"] == 3
     assert child(command(home, run, "--resume")) == 0
     same_run(run, unbroken)
@@ -241,7 +236,7 @@ def test_signal_finishes_the_step_saves_and_exits(home, unbroken, tmp_path, numb
 def test_second_signal_stops_at_once(home, tmp_path, numbers, code):  # noqa: F811
     run = tmp_path / "run"
     assert child(command(home, run), at(train, "sample_groups", 3, send(*numbers))) == code
-    assert len(read_log(run)) == 2  # the third step is not finished
+    assert steps_of(run) == [-1, 0, 1]  # the third step is not finished
 
 
 def test_signal_in_the_last_step_lets_the_run_finish(home, unbroken, tmp_path):  # noqa: F811
@@ -258,7 +253,7 @@ def test_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):  # 
         train.main(command(home, tmp_path / "run"))
     assert stopped.value.code == 130
     assert "stopped by SIGINT after a whole step" in (said := capsys.readouterr().err) and "--resume" in said
-    assert len(read_log(tmp_path / "run")) == 2
+    assert steps_of(tmp_path / "run") == [-1, 0, 1]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     # While it loads there is nothing to save.
     monkeypatch.setattr(train, "open_policy", lambda *_: send(signal.SIGINT)())
@@ -267,28 +262,20 @@ def test_stopped_run_says_how_to_go_on(home, tmp_path, monkeypatch, capsys):  # 
     assert stopped.value.code == 130 and "stopped at once" in capsys.readouterr().err
 
 
-def test_torchrun_that_is_told_to_end_leaves_a_whole_state(home, tmp_path):  # noqa: F811
-    """Both processes end after the same step, though the signals reach them at different times."""
-    run, steps = tmp_path / "run", 2000
-    arguments = flags(home, run, "--steps", str(steps), "--eval-every", "0", "--save-every", "5000")
-    whole = subprocess.run
+@pytest.mark.parametrize("told", [0, 1])
+def test_signal_to_one_of_two_processes_ends_both_after_the_same_step(home, tmp_path, monkeypatch, told):  # noqa: F811
+    """As torchrun's reach them: one sooner than the other. Else one would wait for the other's part for ever."""
+    def main(arguments, whole=train.main):
+        if os.environ["RANK"] == str(told):
+            at(train, "sample_groups", 3, send(signal.SIGTERM))()
+        whole(arguments)
 
-    def tell(line, **more):
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=more["env"])
-        while not (run / "log.jsonl").exists() and process.poll() is None:
-            time.sleep(0.1)
-        process.terminate()
-        out, err = process.communicate(timeout=300)
-        return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
-
-    subprocess.run = tell
-    try:
-        ended = torchrun(2, arguments)
-    finally:
-        subprocess.run = whole
-    assert ended.returncode != 0 and "by SIGTERM" in ended.stderr and "--resume" in ended.stderr
-    done = torch.load(run / "state.pt", weights_only=True)["step"]
-    assert 0 < done < steps and [line["step"] for line in read_log(run)] == list(range(done))
+    monkeypatch.setattr(train, "main", main)
+    run = tmp_path / "run"
+    assert forked(2, flags(home, run, "--eval-every", "0", "--save-every", "9"), tmp_path) == [143, 143]
+    said = (tmp_path / "0.err").read_text()
+    assert "by SIGTERM" in said and "--resume" in said and "by SIGTERM" not in (tmp_path / "1.err").read_text()
+    assert torch.load(run / "state.pt", weights_only=True)["step"] == 3 and steps_of(run) == [0, 1, 2]
 
 
 # ---- full disks ------------------------------------------------------------------------------------------------------
@@ -401,7 +388,7 @@ def test_nan_in_the_weights_stops_the_run_and_names_the_queries(home, tmp_path, 
     message = refused(*command(home, tmp_path / "run", "--beta", beta))
     named = {f"train-{row}" for row in train.queries_of_step(1, 6, 2, 0)}
     assert "step 1 (from 0" in message and all(name in message for name in named)
-    assert len(read_log(tmp_path / "run")) == 1
+    assert steps_of(tmp_path / "run") == [-1, 0]
 
 
 def test_nan_of_the_scorer_names_the_query(home):  # noqa: F811
@@ -461,7 +448,7 @@ def test_init_adapter(home, unbroken, tmp_path, monkeypatch):  # noqa: F811
         assert torch.equal(layer.lora_A, learned[f"base_model.model.{name}.lora_A.weight"])
         assert torch.equal(layer.lora_B, learned[f"base_model.model.{name}.lora_B.weight"])
     train.main(command(home, tmp_path / "run", "--init-adapter", adapter, "--beta", "0.1", "--lr", "1e-9"))
-    assert read_log(tmp_path / "run")[0]["kl"] > 1e-4
+    assert read_log(tmp_path / "run")[1]["kl"] > 1e-4
     message = refused(*command(home, tmp_path / "other", "--init-adapter", adapter, "--rank", "3"))
     assert adapter in message and "--rank, --alpha and --targets must be" in message
     assert f"{tmp_path}/adapter_config.json" in refused(
@@ -472,7 +459,7 @@ def test_init_adapter(home, unbroken, tmp_path, monkeypatch):  # noqa: F811
     assert child(command(home, tmp_path / "killed", *more), at(train, "sample_groups", 4)) == -signal.SIGKILL
     shutil.rmtree(tmp_path / "start")
     train.main(command(home, tmp_path / "killed", *more, "--resume"))
-    assert len(read_log(tmp_path / "killed")) == STEPS
+    assert steps_of(tmp_path / "killed") == [-1, *range(STEPS)]
 
 
 def test_trackers_show_what_the_log_says(home, unbroken, tmp_path, monkeypatch):  # noqa: F811
@@ -500,9 +487,9 @@ def test_trackers_show_what_the_log_says(home, unbroken, tmp_path, monkeypatch):
     wandb, made, *shown, closed = events
     assert wandb["project"] == "crops" and wandb["name"] == "run" and wandb["sync_tensorboard"] is True
     assert made == (str(run / "tensorboard"), 0) and closed == "closed"
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert shown == [(name, value, line["step"]) for line in log for name, value in line.items() if value is not None]
-    assert read_log(run) == read_log(unbroken) and weights(run) == weights(unbroken)  # looking changes nothing
+    assert shown == [(name, value, line["step"]) for line in read_log(run)[1:] for name, value in line.items()
+                     if value is not None]
+    assert untimed(run) == untimed(unbroken) and weights(run) == weights(unbroken)  # looking changes nothing
 
 
 def test_tensorboard_itself(home, tmp_path):  # noqa: F811
