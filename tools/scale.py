@@ -23,84 +23,20 @@ import dataclasses
 import json
 import os
 import random
-import subprocess
 import sys
-from pathlib import Path
+import tempfile
+import time
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from scorer import EvaClip, EvaClipConfig, replacing, write_json
+import prepare
+from scorer import EvaClip, EvaClipConfig, load_scorer, normalise, replacing, write_json
+from tools.meter import memory, start_case, synchronise
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("stream", "scan", "search", "embed")
-MEASURE = """
-import json, os, resource, sys, time
-path = sys.argv[1]
-def peak():  # bytes
-    if os.path.exists("/proc/self/status"):  # getrusage's begins with that of the process that started this one
-        with open("/proc/self/status") as file:
-            return 1024 * int(file.read().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-{setup}
-start = time.perf_counter()
-{work}
-print(json.dumps(dict(seconds=time.perf_counter() - start, peak_mb=peak() / 2**20, count=count)))
-"""
-SEARCH = """
-import numpy as np, torch
-import prepare
-from scorer import normalise
-features = np.load(path, mmap_mode="r")
-m, d = features.shape
-queries = np.random.default_rng(1).normal(size=({queries}, d)).astype(np.float16)
-device = torch.device({device!r})
-unit, block = (torch.from_numpy(normalise(x)).to(device) for x in (queries, features[:1 << 16]))
-def timed(work):
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-def product():
-    for first in range(0, m, len(block)):
-        unit @ block[:m - first].T  # [Q, n]
-def search(part):
-    prepare.nearest_entities(features, (np.arange(m) // 3).astype(np.int32), part, 20, device)
-"""
-SEARCH_WORK = """
-turns = [(timed(product), timed(lambda: search(queries[::2])), timed(lambda: search(queries))) for _ in range(3)]
-alone, half, whole = np.min(turns, 0).tolist()  # in turns, for a busy machine; the best of each counts
-count = dict(product=alone, half=half, whole=whole, gflop=2e-9 * m * d * len(queries))
-"""
-EMBED = """
-import tempfile
-import torch
-import prepare
-from scorer import load_scorer
-texts, before = ["A made-up text of some words, as long as a title and the start of an article. " * 6] * 16, peak()
-"""
-EMBED_WORK = """
-scorer = load_scorer(path, {device!r}, {dtype!r})
-loaded, size, most = time.perf_counter() - start, sum(p.nbytes for p in scorer.model.parameters()), peak() - before
-scorer.batch_size = {batch}
-pictures = (sorted(os.listdir({folder!r})) * {batch})[:{batch}]
-def embed():  # files, into pieces on disk, as prepare.py does
-    with tempfile.TemporaryDirectory() as work:
-        features, begin = prepare.Features(work, "image", scorer), time.perf_counter()
-        flags = prepare.parse_args(["--root", {folder!r}, "--batch-size", "{batch}"])
-        prepare.embed_images(flags, scorer, features, pictures, "images")
-        return (time.perf_counter() - begin) / {batch}
-per_image = (embed(), embed())[1]  # the first is slower
-scorer.text_features(texts)
-begin = time.perf_counter()
-scorer.text_features(texts)
-per_text = (time.perf_counter() - begin) / len(texts)
-count = dict(load_seconds=loaded, load_peak=most, bytes=size, per_image=per_image, per_text=per_text,
-             images={batch}, device=str(scorer.device), dtype=str(scorer.dtype), threads=torch.get_num_threads())
-"""
 
 
 def parse_args(argv=None):
@@ -118,6 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="for embed (default: prepare.py's)")
     parser.add_argument("--batch", type=int, default=8, help="for embed: images of a forward pass (default 8)")
     parser.add_argument("--out", help="also write the numbers to this .json")
+    parser.add_argument("--case", choices=PARTS, help="run this one here, print JSON (used by the program)")
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     if set(args.parts) - set(PARTS):
@@ -236,40 +173,87 @@ def make_scorer(folder, config=EvaClipConfig()):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------- measuring, each part in a process of its own
 
-def measure(path, setup, work):
-    """{"seconds", "peak_mb", "count"} of a piece of Python, in a process of its own in the project's folder."""
-    script = MEASURE.format(setup=setup, work=work)
-    command = [sys.executable, "-c", script, os.path.abspath(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring {path} failed with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def peak():
+    """Most bytes of main memory that this process had."""
+    return memory(torch.device("cpu"))[1]
 
 
-def measure_stream(root):
-    path = os.path.join(root, "encyclopedic_kb_wiki.json")
-    return {"bytes": os.path.getsize(path),
-            **measure(path, "import prepare", "count = sum(1 for _ in prepare.stream_json(path))")}
+def measure_stream(args):
+    path = os.path.join(make_root(args.folder, args.entries, args.entry_bytes), "encyclopedic_kb_wiki.json")
+    start, count = time.perf_counter(), sum(1 for _ in prepare.stream_json(path))
+    return {"bytes": os.path.getsize(path), "seconds": time.perf_counter() - start, "peak_mb": peak() / 2**20,
+            "count": count}
 
 
-def measure_scan(root, small):
-    """All that prepare.py reads before it embeds, of a root and of a small one: seconds, and peak memory."""
-    def read(folder):
-        flags = ["--root", os.path.abspath(folder), "--splits", "test"]
-        draft = os.path.join(os.path.abspath(folder), "draft.jsonl")
-        return measure(folder, "import prepare",
-                       f"args = prepare.parse_args({flags!r})\nsplits = [prepare.read_questions(args, 'test')]\n"
-                       "prepare.find_images(args, splits)\n"
-                       f"prepare.read_kb(args, splits, {{}}, {draft!r})\ncount = 0")
-    big, base = read(root), read(small)
-    return {"seconds": big["seconds"], "peak_mb": big["peak_mb"], "beyond_mb": big["peak_mb"] - base["peak_mb"]}
+def measure_scan(args):
+    """All that prepare.py reads before it embeds."""
+    root = make_root(args.folder, args.entries, args.entry_bytes)
+    flags, start = prepare.parse_args(["--root", root, "--splits", "test"]), time.perf_counter()
+    splits = [prepare.read_questions(flags, "test")]
+    prepare.find_images(flags, splits)
+    prepare.read_kb(flags, splits, {}, os.path.join(root, "draft.jsonl"))
+    return {"seconds": time.perf_counter() - start, "peak_mb": peak() / 2**20}
+
+
+def measure_search(args):
+    """Seconds of all queries, of half of them, and of the matrix product alone: in turns, for a busy machine; the best
+    of each counts."""
+    features = np.load(make_vectors(args.folder, args.vectors, args.dim), mmap_mode="r")                # [M, D]
+    queries = np.random.default_rng(1).normal(size=(args.queries, args.dim)).astype(np.float16)         # [Q, D]
+    device, entity = torch.device(args.device), (np.arange(args.vectors) // 3).astype(np.int32)         # [M]
+    unit, block = (torch.from_numpy(normalise(x)).to(device) for x in (queries, features[:1 << 16]))
+
+    def timed(work):
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        return time.perf_counter() - start
+
+    def product():
+        for first in range(0, args.vectors, len(block)):
+            unit @ block[:args.vectors - first].T                                                       # [Q, n]
+
+    def search(part):
+        prepare.nearest_entities(features, entity, part, 20, device)
+
+    turns = [(timed(product), timed(lambda: search(queries[::2])), timed(lambda: search(queries))) for _ in range(3)]
+    best = dict(zip(("product", "half", "whole"), np.min(turns, 0).tolist()))
+    return {"vectors": args.vectors, "queries": args.queries, **best,
+            "gflop": 2e-9 * args.vectors * args.dim * args.queries}
+
+
+def measure_embed(args):
+    """Loading a scorer, and then images from files into pieces on disk, as prepare.py does, and texts."""
+    texts = ["A made-up text of some words, as long as a title and the start of an article. " * 6] * 16
+    folder = os.path.join(make_root(args.folder, 50, args.entry_bytes), "landmarks")
+    pictures = (sorted(os.listdir(folder)) * args.batch)[:args.batch]
+    flags = prepare.parse_args(["--root", folder, "--batch-size", str(args.batch)])
+    path, before, start = args.scorer or make_scorer(args.folder), peak(), time.perf_counter()
+    scorer = load_scorer(path, args.device, args.dtype)
+    loaded, size, most = time.perf_counter() - start, sum(p.nbytes for p in scorer.model.parameters()), peak() - before
+    scorer.batch_size = args.batch
+    for _ in range(2):  # the first is slower
+        with tempfile.TemporaryDirectory() as work:
+            features, start = prepare.Features(work, "image", scorer), time.perf_counter()
+            prepare.embed_images(flags, scorer, features, pictures, "images")
+            per_image = (time.perf_counter() - start) / args.batch
+        start = time.perf_counter()
+        scorer.text_features(texts)
+        per_text = (time.perf_counter() - start) / len(texts)
+    return {"load_seconds": loaded, "load_peak": most, "bytes": size, "per_image": per_image, "per_text": per_text,
+            "images": args.batch, "device": str(scorer.device), "dtype": str(scorer.dtype),
+            "threads": torch.get_num_threads()}
+
+
+MEASURES = {"stream": measure_stream, "scan": measure_scan, "search": measure_search, "embed": measure_embed}
 
 
 def report(result):
     """The numbers as text."""
-    lines = []
+    lines = [f"{part}: {found['left_out']}" for part, found in result.items() if "left_out" in found]
+    result = {part: found for part, found in result.items() if "left_out" not in found}
     if stream := result.get("stream"):
         lines.append(f"stream: {stream['bytes'] / 1e9:.2f} GB, {stream['count']} entries at "
                      f"{stream['bytes'] / 1e6 / stream['seconds']:.0f} MB/s, peak {stream['peak_mb']:.0f} MB")
@@ -292,20 +276,20 @@ def report(result):
 
 
 def main(argv=None):
-    args, result = parse_args(argv), {}
-    root = make_root(args.folder, args.entries, args.entry_bytes) if {"stream", "scan"} & set(args.parts) else None
-    if "stream" in args.parts:
-        result["stream"] = measure_stream(root)
-    if "scan" in args.parts:
-        result["scan"] = measure_scan(root, make_root(args.folder, 50, args.entry_bytes))
-    if "search" in args.parts:
-        setup = SEARCH.format(queries=args.queries, device=args.device)
-        found = measure(make_vectors(args.folder, args.vectors, args.dim), setup, SEARCH_WORK)["count"]
-        result["search"] = {"vectors": args.vectors, "queries": args.queries, **found}
-    if "embed" in args.parts:
-        pictures = os.path.abspath(os.path.join(make_root(args.folder, 50, args.entry_bytes), "landmarks"))
-        work = EMBED_WORK.format(batch=args.batch, folder=pictures, device=args.device, dtype=args.dtype)
-        result["embed"] = measure(args.scorer or make_scorer(args.folder), EMBED, work)["count"]
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    case = vars(args).pop("case")
+    if case:
+        print(json.dumps(MEASURES[case](args)))
+        return
+    if {"stream", "scan"} & set(args.parts):
+        make_root(args.folder, args.entries, args.entry_bytes)
+    if "embed" in args.parts and not args.scorer:
+        make_scorer(args.folder)  # here, or what making it takes would be in the peak
+    result = {part: start_case(part, argv, "tools.scale") for part in args.parts}
+    if "seconds" in result.get("scan", {}):
+        small = start_case("scan", [*argv, "--entries", "50"], "tools.scale")
+        result["scan"]["beyond_mb"] = result["scan"]["peak_mb"] - small["peak_mb"]
     print(report(result))
     if args.out:
         write_json(args.out, {"args": vars(args), **result})
