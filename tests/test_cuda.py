@@ -1,6 +1,7 @@
 """Every stage on a pretended CUDA card (pretend_cuda.py): it runs there, and in float32 its results are the CPU's.
 
-The world, the shipped stand-ins and the command lines are those of `make data train eval`, at a tiny size.
+The world, the shipped stand-ins and the command lines are those of `make data train eval`, at a tiny size. What does
+not depend on the models (resuming, processes, errors) runs on test_train.py's still smaller ones.
 """
 
 import json
@@ -14,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import ADAPTER, forked, refused, untimed
+from test_train import flags as tiny_flags
+from test_train import home as tiny  # noqa: F401 (a fixture)
 from torch.utils.checkpoint import checkpoint
 
 import evaluate
@@ -126,6 +129,7 @@ def test_gradients_are_the_cpus(again):
 
 @pytest.mark.parametrize("more", [(), ("--limit", "4")])
 def test_prepare(home, tmp_path, more):
+    """Another pool or feature on a card than on a CPU would be another experiment."""
     wanted = prepared(home / "raw", tmp_path / "cpu", "--device", "cpu", *more)
     with pretend_cuda() as card:
         found = prepared(home / "raw", tmp_path / "card", "--device", "cuda", "--scorer-dtype", "float32", *more)
@@ -169,12 +173,17 @@ def test_training_is_that_of_a_cpu(home, tmp_path):
 PAPER = ("--targets", "all", "--dropout", "0.1", "--beta", "0.05", "--inner-steps", "2", "--checkpointing")
 
 
+def short(tiny, run, device, *more):  # noqa: F811
+    """Command line of two steps of the tiny models."""
+    return tiny_flags(tiny, run, "--device", device, "--steps", "2", "--save-every", "1", "--eval-every", "0", *more)
+
+
 @pytest.mark.parametrize("more", [
     PAPER, ("--decode", "free", "--max-new-tokens", "24"), ("--balance", "resample", "--decision-weight", "pi"),
     ("--balance", "none", "--advantage", "group", "--norm", "sequence", "--no-std")])
-def test_training_in_bfloat16_as_a_card_does(home, tmp_path, more, capsys):
+def test_training_in_bfloat16_as_a_card_does(tiny, tmp_path, more, capsys):  # noqa: F811
     with pretend_cuda():
-        train.main(flags(home, tmp_path / "run", "cuda", *more))
+        train.main(short(tiny, tmp_path / "run", "cuda", *more))
     said = capsys.readouterr().out
     assert "on 1 x cuda" in said and "MiB at the peak of a rollout" in said
     log = untimed(tmp_path / "run")
@@ -182,30 +191,30 @@ def test_training_in_bfloat16_as_a_card_does(home, tmp_path, more, capsys):
     assert {value.dtype for value in load_file(tmp_path / "run" / ADAPTER).values()} == {torch.float32}
 
 
-def test_killed_run_resumes_on_the_card_and_off_it(home, tmp_path, monkeypatch):
+def test_killed_run_resumes_on_the_card_and_off_it(tiny, tmp_path, monkeypatch):  # noqa: F811
     more, whole = ("--targets", "all", "--dropout", "0.1", *EXACT), train.train_step
     with pretend_cuda():
-        train.main(flags(home, tmp_path / "one", "cuda", *more))
+        train.main(short(tiny, tmp_path / "one", "cuda", *more))
         monkeypatch.setattr(train, "train_step", lambda step, *rest: whole(step, *rest) if step < 1 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train.main(flags(home, tmp_path / "two", "cuda", *more))
+            train.main(short(tiny, tmp_path / "two", "cuda", *more))
         monkeypatch.setattr(train, "train_step", whole)
         shutil.copytree(tmp_path / "two", tmp_path / "three")
-        train.main(flags(home, tmp_path / "two", "cuda", *more, "--resume"))
+        train.main(short(tiny, tmp_path / "two", "cuda", *more, "--resume"))
     assert (tmp_path / "two" / ADAPTER).read_bytes() == (tmp_path / "one" / ADAPTER).read_bytes()
     assert untimed(tmp_path / "two") == untimed(tmp_path / "one")
-    train.main(flags(home, tmp_path / "three", "cpu", *more, "--resume"))
+    train.main(short(tiny, tmp_path / "three", "cpu", *more, "--resume"))
     assert untimed(tmp_path / "three")[1] == pytest.approx(untimed(tmp_path / "one")[1], rel=1e-2, abs=1e-3)
 
 
-def test_the_next_step_is_opened_while_one_runs(home, tmp_path, monkeypatch):
+def test_the_next_step_is_opened_while_one_runs(tiny, tmp_path, monkeypatch):  # noqa: F811
     """And an error in it is that of its own step: what came before is logged and saved."""
-    opened, step_of = {step: threading.Event() for step in range(5)}, []
+    opened, step_of = {step: threading.Event() for step in range(4)}, []
     whole = train.open_step, train.train_step
 
     def open_step(step, *rest):
         opened[step].set()
-        if step == 3:
+        if step == 2:
             raise InputError("no such image")
         return whole[0](step, *rest)
 
@@ -216,14 +225,14 @@ def test_the_next_step_is_opened_while_one_runs(home, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "open_step", open_step)
     monkeypatch.setattr(train, "train_step", train_step)
     with pretend_cuda():
-        assert "no such image" in refused(*flags(home, tmp_path / "run", "cuda", "--steps", "5", *EXACT))
-    assert step_of == [(0, True), (1, True), (2, True)] and not opened[4].is_set()
-    assert [line["step"] for line in untimed(tmp_path / "run")] == [0, 1, 2]
+        assert "no such image" in refused(*short(tiny, tmp_path / "run", "cuda", "--steps", "4", *EXACT))
+    assert step_of == [(0, True), (1, True)] and not opened[3].is_set()
+    assert [line["step"] for line in untimed(tmp_path / "run")] == [0, 1]
     monkeypatch.setattr(train, "open_step", whole[0])
     monkeypatch.setattr(train, "train_step", whole[1])
     with pretend_cuda():
-        train.main(flags(home, tmp_path / "run", "cuda", "--steps", "5", *EXACT, "--resume"))
-        train.main(flags(home, tmp_path / "whole", "cuda", "--steps", "5", *EXACT))
+        train.main(short(tiny, tmp_path / "run", "cuda", "--steps", "4", *EXACT, "--resume"))
+        train.main(short(tiny, tmp_path / "whole", "cuda", "--steps", "4", *EXACT))
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
@@ -260,24 +269,24 @@ def test_largest_row_is_stepped_first_and_changes_nothing(home, monkeypatch):
 
 
 @pytest.mark.parametrize("owner, name, more", [(train, "backward", ()), (torch.optim.AdamW, "load_state_dict", ("--resume",))])
-def test_card_without_room_says_what_helps(home, tmp_path, monkeypatch, owner, name, more):
+def test_card_without_room_says_what_helps(tiny, tmp_path, monkeypatch, owner, name, more):  # noqa: F811
     """Before step 0, where nothing is written yet; a sound state.pt is not blamed for it."""
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with pretend_cuda():
         if more:
-            train.main(flags(home, tmp_path / "run", "cuda"))
+            train.main(short(tiny, tmp_path / "run", "cuda"))
             (tmp_path / "run" / "finished").unlink()
         monkeypatch.setattr(owner, name, full)
-        message = refused(*flags(home, tmp_path / "run", "cuda", *more))
+        message = refused(*short(tiny, tmp_path / "run", "cuda", *more))
     assert "CUDA out of memory" in message and "What helps: --checkpointing" in message
     assert "damaged" not in message and (more or {path.name for path in (tmp_path / "run").iterdir()} == {"lock"})
 
 
-def test_two_processes_with_a_card_each(home, tmp_path, monkeypatch):
+def test_two_processes_with_a_card_each(tiny, tmp_path, monkeypatch):  # noqa: F811
     more = ("--queries", "3", *EXACT)
-    train.main(flags(home, tmp_path / "one", "cpu", *more))
+    train.main(short(tiny, tmp_path / "one", "cpu", *more))
     alone = train.main
 
     def on_a_card(command):
@@ -285,7 +294,7 @@ def test_two_processes_with_a_card_each(home, tmp_path, monkeypatch):
             alone(command)
 
     monkeypatch.setattr(train, "main", on_a_card)
-    codes = forked(2, flags(home, tmp_path / "two", "cuda", *more), tmp_path)
+    codes = forked(2, short(tiny, tmp_path / "two", "cuda", *more), tmp_path)
     assert codes == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
     assert "on 2 x cuda:0" in (tmp_path / "0.out").read_text()
     for a, b in zip(untimed(tmp_path / "two"), untimed(tmp_path / "one"), strict=True):
@@ -361,6 +370,7 @@ def test_what_is_set_for_a_card_alone(home, monkeypatch):
 @pytest.mark.parametrize("case", ["machine", *(case for case in bench.CASES if case != "step_trl")])
 def test_bench(case, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_peaks", lambda device, dtype: {"device": device.type, "dtype": str(dtype)})
+    monkeypatch.setattr(bench, "answer_length", lambda *_: 4)
     with pretend_cuda() as card:
         bench.main(["--device", "cuda", "--visual-tokens", "16", "--queries", "1", "--group", "4", "--repeat", "1",
                     "--warmup", "0", "--batches", "1", "--scorer-batch", "2", "--case", case])
@@ -376,9 +386,9 @@ def test_bench(case, capsys, monkeypatch):
 def test_building_the_stand_ins(tmp_path):
     pretrain = pytest.importorskip("mini.pretrain")
     with pretend_cuda() as card:
-        pretrain.main(["--out", str(tmp_path), "--no-compile", "--entities", "48", "--scorer-steps", "2",
-                       "--scorer2-steps", "1", "--scorer-batch", "12", "--scenes", "20", "--tower-steps", "2",
-                       "--answer-steps", "2", "--workers", "1"])
+        pretrain.main(["--out", str(tmp_path), "--no-compile", "--entities", "24", "--scorer-steps", "2",
+                       "--scorer2-steps", "1", "--scorer-batch", "12", "--scenes", "20", "--tower-steps", "1",
+                       "--answer-steps", "1", "--workers", "1"])
         assert card.operations > 5_000
     policy, scorer = load_policy(str(tmp_path / "policy")), load_scorer(str(tmp_path / "scorer"))
     assert all(p.isfinite().all() for p in [*policy.model.parameters(), *scorer.model.parameters()])
