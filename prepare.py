@@ -11,9 +11,10 @@ Reads below --root, or where a flag says:
     encyclopedic_kb_wiki.json               url -> title, section texts, image urls (InfoSeek: wiki_100_dict_v4.json)
     url_to_path_mapping.json                image url -> path below the root
     inat/{train,val}_id2name.json           iNaturalist image id -> path below inat/; may also lie beside inat/
-    landmarks/a/b/c/<id>.jpg, oven_images/04/oven_04925844.jpg, or flat (inat/<id>.jpg, too), with any extension
+    landmarks/a/b/c/<id>.jpg, oven_images/04/oven_04925844.jpg, or flat (inat/<id>.jpg, too)
 
-tools/layouts.py makes these of what else is in use: InfoSeek's official files, iNaturalist's own lists, OMGM's tables.
+tools/layouts.py makes these of what else is in use: InfoSeek's official files, iNaturalist's own lists, OMGM's tables,
+images in other folders.
 
 `prepare` is the whole stage on one screen; the sections below it are its steps. What cannot be used is dropped, counted
 under one of REASONS, and shown: read = kept + dropped. An image is embedded once: its feature stays in OUT.work, so a
@@ -70,7 +71,7 @@ COLUMNS = ("question", "question_type", "dataset_name", "dataset_image_ids", "wi
 SINGLE_HOP = ("automatic", "templated", "multi_answer", "infoseek")  # what all prior work keeps
 KB_NAMES = {"infoseek": ("wiki_100_dict_v4.json", "encyclopedic_kb_wiki.json", "wiki_corpus.json"),
             "evqa": ("encyclopedic_kb_wiki.json", "wiki_corpus.json"), "world": ("encyclopedic_kb_wiki.json",)}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+SUFFIXES = (".jpg", ".JPEG", ".png", ".jpeg", ".JPG")  # of query images
 NO_IMAGE, IN_NO_POOL = -1, -2  # of a positive in place of its entity
 CHUNK = 1 << 18        # characters of JSON read at once
 LONGEST = 1 << 28      # characters of an entry: what is longer is damaged, and would be read to its end in vain
@@ -88,34 +89,30 @@ def parse_args(argv=None):
     add("--root", default="raw/world", help="folder of the raw data, below which all files lie (default raw/world)")
     add("--out", default="data/world", help="folder to write (default data/world)")
     add("--splits", default="train,val,test", help="comma list out of train, val, test (default all)")
-    add("--limit", type=int, default=0, metavar="N", help="a trial: the first N rows of each split, and of the "
-        "knowledge base their positives and the first N (or 10 K) entries: easier than the real pools (default 0: all)")
+    add("--limit", type=int, default=0, metavar="N", help="a trial: N rows a split, some N entities (default 0: all)")
     add("--kb", help="knowledge base (default: the first known name)")
-    add("--kb-images", default="url_to_path_mapping.json", help=".json of image url -> path (default "
-        "url_to_path_mapping.json)")
+    add("--kb-images", default="url_to_path_mapping.json", help="its images (default url_to_path_mapping.json)")
     add("--inat", default="inat", help="folder of iNaturalist 2021 (default inat)")
     add("--landmarks", default="landmarks", help="folder of Google Landmarks v2 train (default landmarks)")
-    add("--oven", help="folder of OVEN's images (default oven_images if it is there, else the whole root)")
-    add("--query-image", choices=("first", "any", "all"), default="first", help="of a row's up to five images the "
-        "first, as prior work (default), the first that is there (any), or all: a query each, with ids ID.0, ID.1 ...")
+    add("--oven", default="oven_images", help="folder of OVEN's images (default oven_images)")
+    add("--query-image", choices=("first", "any", "all"), default="first", help="of a row's images the first "
+        "(default), the first that is there (any), or all: a query each, with ids ID.0, ID.1 ...")
     add = parser.add_argument_group("scorer (section 3.3)").add_argument
     add("--scorer", default="mini/scorer", help="folder, Hugging Face id or open_clip:NAME/TAG (default mini/scorer)")
     add("--scorer-dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on CUDA, else float32")
     add("--device", default="auto", help="cpu, cuda, cuda:1, or auto: CUDA if there is any (default auto)")
     add("--batch-size", type=int, default=64, help="images or texts a forward pass (default 64)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that open images (default: a core "
-        "each, at most 8; 0: none, for a small /dev/shm)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="they open images (default: up to 8)")
     add("--delete-features", action="store_true", help="remove OUT.work at the end; the next run then embeds all again")
     add = parser.add_argument_group("pools (sections 3.1 and 4.1)").add_argument
     add("--k", type=int, default=20, help="distinct entities a pool, >= 2 (default 20, the paper's)")
     add("--text", choices=("release", "title", "lead", "caption"), default="release", help="t_j of Eq. 3: title and "
         "three sections (release, default), title, title and first section, title and captions")
-    add("--candidate-image", choices=("retrieved", "first"), default="retrieved",
-        help="I_j of Eq. 3: the entity's image that matched best (default), or its first")
+    add("--candidate-image", choices=("retrieved", "first"), default="retrieved", help="I_j of Eq. 3: the image of the "
+        "entity that matched best (default), or its first")
     add("--top", choices=("entities", "images"), default="entities", help="the pool is the top K entities (default), "
         "or only those among the top K images count as found (EchoSight)")
-    add("--retrieved", nargs="+", metavar="RUN", help="TREC runs of another engine: their first K entities are the "
-        "pools, and only these are embedded")
+    add("--retrieved", nargs="+", metavar="RUN", help="TREC runs of another engine, whose first K are the pools")
     args = parser.parse_args(argv)
     args.splits = list(dict.fromkeys(args.splits.split(",")))  # a split named twice would count its drops twice
     if set(args.splits) - {"train", "val", "test"}:
@@ -166,9 +163,11 @@ def prepare(args):
 
     images, texts = (Features(work, kind, scorer, rank, world) for kind in ("image", "text"))
     for split in splits:
-        split.place = embed_images(args, scorer, images, (row.image for row in split.rows), f"{split.name} images")
-    kb.place = embed_images(args, scorer, images, kb.place, "kb images")
-    kb.text_place = embed_texts(args, scorer, texts, kb)
+        paths = list(dict.fromkeys(row.image for row in split.rows))  # rows share images
+        split.place = embed_images(args, scorer, images, paths, f"{split.name} images")
+    kb.place = embed_images(args, scorer, images, list(kb.place), "kb images")
+    read = partial(read_texts, Lines(kb.draft))
+    kb.text_place = embed(args, texts, np.array(kb.text_key), read, scorer.text_features, "kb texts")
     manifest = None
     if rank == 0:
         if world > 1:  # torchrun gives each process one thread, and the others have ended
@@ -343,18 +342,22 @@ def find_images(args, splits):
 def find_ids(args, collection, wanted):
     """Image ids of a collection -> ({id: path below the root}, the reason for those that are not in it)."""
     flag, _, split = collection.partition("/")  # a split of iNaturalist's alone
-    default = "oven_images" if os.path.isdir(os.path.join(args.root, "oven_images")) else "."
-    folder = inside_root(args, vars(args)[flag] or default, f"--{flag}")
-    for path in (os.path.join(args.root, start, f"{split}_id2name.json") for start in (folder, "")):
-        if split and os.path.isfile(path):
+    folder, name = inside_root(args, vars(args)[flag], f"--{flag}"), f"{split or flag}_id2name.json"
+    for path in (os.path.join(args.root, folder, name), os.path.join(args.root, name)):
+        if os.path.isfile(path):
             return {i: image for i, image in read_paths(args, path, folder) if i in wanted}, "image id unknown"
-    there = os.path.isdir(os.path.join(args.root, folder))
-    found = find_files(args.root, folder, wanted) if there else {}
-    if not found and (split or not there):
-        lists = f" (or {split}_id2name.json, which python -m tools.layouts inat --root {args.root} makes of " \
-                f"iNaturalist's own {split}.json)" * bool(split)
-        raise FileNotFoundError(f"{os.path.join(args.root, folder)}{lists} is missing, or has none of the images; say "
-                                f"where those of {collection} are with --{flag}")
+    found = {}
+    for i in filter(re.compile(r"\w+").fullmatch, wanted):  # what has a slash could lead out of the root
+        shard = {"landmarks": "/".join(i[:3]), "oven": i[5:7]}.get(flag, "")
+        for image in (os.path.join(folder, start, i + suffix) for start in (shard, "") for suffix in SUFFIXES):
+            if os.path.isfile(os.path.join(args.root, image)):
+                found[i] = image
+                break
+    if not found:
+        tool = "inat (of iNaturalist's own list) or ids" if split else "ids"
+        raise FileNotFoundError(f"{os.path.join(args.root, folder)} is missing, or has neither {name} nor one of the "
+                                f"images by its id; say where those of {collection} are with --{flag}, or have them "
+                                f"listed: python -m tools.layouts {tool} --root {args.root}. A list of {{}} drops them")
     return found, "image missing"
 
 
@@ -373,34 +376,6 @@ def inside_root(args, path, where):
         raise InputError(f"{where}: {path!r} is not inside {args.root}. Pools name images below the root: make a link "
                          "there to a folder that lies elsewhere (ln -s)")
     return path
-
-
-def find_files(root, folder, wanted):
-    """{stem: path below the root} of the wanted stems, by one walk of a folder: sharded or flat, any extension.
-
-    A stem ends at the first dot (some have <id>.img.jpg). Of several files the first by path is taken. Nothing is kept
-    for the millions of files that no row wants.
-    """
-    found = {}
-    for path in files_below(root, folder):
-        if (stem := os.path.basename(path).split(".")[0]) in wanted:
-            if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and path < found.get(stem, "\U0010ffff"):
-                found[stem] = path
-    return found
-
-
-def files_below(root, folder, above=()):
-    """Yield the path below the root of each file in a folder, in any order. Links to folders are followed, as whole
-    disks are linked in; a link to a folder that it lies in, which would lead round in a circle for ever, is not."""
-    status = os.stat(os.path.join(root, folder))
-    if (here := (status.st_dev, status.st_ino)) not in above:
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                path = os.path.normpath(os.path.join(folder, entry.name)).replace(os.sep, "/")
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link to itself: no folder
-                    yield from files_below(root, path, (*above, here))
-                else:
-                    yield path
 
 
 # ------------------------------------------------------------------------------------------------- the knowledge base
@@ -664,8 +639,6 @@ def embed(args, features, keys, read, encode, desc):
 
 def embed_images(args, scorer, features, paths, desc):
     """Features of image files below the root -> {path: place}, -1 where there is no such file."""
-    paths = list(dict.fromkeys(paths))
-
     def key(path):  # a file and its content, as far as size and time of change tell
         try:
             status = os.stat(os.path.join(args.root, path))
@@ -674,8 +647,8 @@ def embed_images(args, scorer, features, paths, desc):
         return hash8(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
 
     bar = tqdm(paths, desc=f"look at {desc}", disable=True if features.rank else None, leave=False)
-    keys, read = np.fromiter(map(key, bar), np.uint64, len(paths)), partial(
-        read_pictures, args.root, paths, scorer.preprocess)
+    keys = np.fromiter(map(key, bar), np.uint64, len(paths))
+    read = partial(read_pictures, args.root, paths, scorer.preprocess)
     return dict(zip(paths, embed(args, features, keys, read, scorer.encode, desc).tolist()))
 
 
@@ -693,13 +666,8 @@ def read_pictures(root, paths, preprocess, items):
     return state, torch.stack(pixels) if pixels else ()
 
 
-def embed_texts(args, scorer, features, kb):
-    """Features of the draft's texts -> places int64 [E], -1 where there is no text."""
-    read = partial(read_texts, Lines(kb.draft))
-    return embed(args, features, np.array(kb.text_key), read, scorer.text_features, "kb texts")
-
-
 def read_texts(lines, items):
+    """As read_pictures, for `embed`: texts can all be read."""
     return np.zeros(len(items), np.uint8), [lines[i]["text"] for i in items]
 
 

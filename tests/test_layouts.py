@@ -137,8 +137,8 @@ def test_inaturalists_own_list(root, scorer, capsys, folder):  # noqa: F811
     images = [{"id": i, "file_name": name} for i, name in names.items()]
     S.write_json(root / folder / "val.json", {"images": images + images[:1]})
     write_csv(root / "test.csv", EVQA, [evqa_row(j, f"{900 + j}|77", "inaturalist") for j in range(ENTITIES)])
-    with pytest.raises(SystemExit, match=r"inat \(or val_id2name\.json, which python -m tools\.layouts inat --root .*raw "
-                                         r"makes of iNaturalist's own val\.json\) is missing, or has none"):
+    with pytest.raises(SystemExit, match=r"inat is missing, or has neither val_id2name\.json nor .* --inat, or have them "
+                                         r"listed: python -m tools\.layouts inat \(of iNaturalist's own list\) or ids"):
         P.main(arguments(root))
     convert(root, "inat")
     assert f"val_id2name.json: {ENTITIES + 1} read, {ENTITIES} kept, 1 dropped\n  dropped 1: id repeated (first: " in (
@@ -147,6 +147,30 @@ def test_inaturalists_own_list(root, scorer, capsys, folder):  # noqa: F811
     assert [query.pool for query in pools(root)] == [by_hand(colour(j, 5))[0] for j in range(ENTITIES)]
     with pytest.raises(SystemExit, match=r"val_id2name\.json is there already"):
         convert(root, "inat")
+
+
+@pytest.mark.parametrize("folder, layout", [("disk", "{id}.jpg"), ("any", "where/{id}.img.webp"), (".", "val/{id}.jpg")])
+@pytest.mark.parametrize("collection", ["oven", "landmarks", "val"])
+def test_query_images_in_other_folders(root, scorer, capsys, collection, folder, layout):  # noqa: F811
+    """Any folders, any extension; of two files of an id the first counts."""
+    names = {"oven": "oven_{:08d}", "landmarks": "{:x}bcdef0123456789", "val": "{}"}[collection]
+    paths = [layout.format(id=names.format(j)) for j in range(ENTITIES)]
+    for j, path in enumerate(paths):
+        save(root / folder / path, colour(j, 5))
+    save(root / folder / "z" / os.path.basename(paths[0]), colour(60))
+    (root / folder / "notes.txt").write_text("")
+    kind = {"oven": "infoseek", "landmarks": "landmarks", "val": "inaturalist"}[collection]
+    rows = [evqa_row(j, names.format(j), kind) | {"data_id": str(j)} for j in range(ENTITIES)]
+    write_csv(root / "test.csv", (*EVQA, "data_id"), rows)
+    flags = ["--" + {"val": "inat"}.get(collection, collection), folder]
+    if folder != "disk":
+        with pytest.raises(SystemExit, match=rf"has neither {collection}_id2name\.json .*tools\.layouts .*ids --root"):
+            P.main(arguments(root, *flags))
+    convert(root, "ids", "--images", folder, "--collection", collection)
+    printed = capsys.readouterr().out
+    assert "dropped 1: id repeated (first: " in printed and ": not called as an image (first: " in printed
+    run(root, *flags)
+    assert [query.pool for query in pools(root)] == [by_hand(colour(j, 5))[0] for j in range(ENTITIES)]
 
 
 @pytest.mark.parametrize("content", ["{cut", "[1]", '{"annotations": []}', '{"images": [1]}', '{"images": [{"id": 1}]}',
@@ -238,7 +262,9 @@ def test_images_that_are_not_there(root, what, flags, message):  # noqa: F811
     assert not (root / "url_to_path_mapping.json").exists()
 
 
-def test_images_need_a_folder(capsys):
+@pytest.mark.parametrize("flags, message", [
+    (["omgm"], "omgm needs --images, the folder"), (["ids", "--images", "x"], "ids needs --collection"), (["x"], "invalid")])
+def test_bad_arguments(flags, message, capsys):
     with pytest.raises(SystemExit):
-        layouts.parse_args(["omgm", "--root", "x"])
-    assert "omgm needs --images, the folder of the images below the root" in capsys.readouterr().err
+        layouts.parse_args([*flags, "--root", "x"])
+    assert message in capsys.readouterr().err

@@ -353,7 +353,7 @@ def without(column):
     (remove("test.csv"), r"test\.csv is missing; give the splits that you have"),
     (remove("encyclopedic_kb_wiki.json"), r"encyclopedic_kb_wiki\.json is missing; --root must hold"),
     (remove("url_to_path_mapping.json"), r"url_to_path_mapping\.json is missing"),
-    (lambda raw: shutil.rmtree(raw / "inat"), r"inat \(or train_id2name\.json, which python -m tools"),
+    (lambda raw: shutil.rmtree(raw / "inat"), r"inat is missing, or has neither train_id2name\.json nor"),
     (lambda raw: (raw / "encyclopedic_kb_wiki.json").write_text('{"a": {"t'), r"kb_wiki\.json is not an object .*copied whole"),
     (lambda raw: (raw / "encyclopedic_kb_wiki.json").write_text("[]"), "is not an object of JSON"),
     (lambda raw: edit_json(raw / "encyclopedic_kb_wiki.json", lambda kb: kb[url(3)].pop("section_texts")),

@@ -3,11 +3,14 @@
     python -m tools.layouts infoseek --root ~/infoseek
     python prepare.py --dataset infoseek --root ~/infoseek ...
 
-    what       below the root                                                  it writes
-    infoseek   the official infoseek_{train,val}.jsonl with their *_withkb     infoseek_{train,test}_filtered.csv
-    inat       iNaturalist's own {train,val}.json, in inat/ or beside it       {train,val}_id2name.json beside them
-    omgm       --images FOLDER with wiki_image_url_part_*_processed.csv        url_to_path_mapping.json
-    names      --images FOLDER with image files that are named as their urls   url_to_path_mapping.json
+    what       below the root                                                    it writes
+    infoseek   the official infoseek_{train,val}.jsonl with their *_withkb       infoseek_{train,test}_filtered.csv
+    inat       iNaturalist's own {train,val}.json, in inat/ or beside it         {train,val}_id2name.json beside them
+    ids        --images FOLDER with query images called by their ids, anywhere   FOLDER/oven_id2name.json, landmarks_,
+               in it, with any extension; --collection says whose they are       train_ or val_ (for prepare.py --oven,
+                                                                                 --landmarks or --inat FOLDER)
+    omgm       --images FOLDER with wiki_image_url_part_*_processed.csv          url_to_path_mapping.json
+    names      --images FOLDER with image files that are named as in their urls  url_to_path_mapping.json
 
 InfoSeek's official files name an entity by its Wikidata id and title, the knowledge base by its url. The title is that
 of Wiki6M (Wiki6M_ver_1_0_title_only.jsonl, or the whole file, .gz or not) if it is there, as titles change, else of
@@ -33,24 +36,28 @@ from scorer import InputError, replacing
 
 WIKIPEDIA = "https://en.wikipedia.org/wiki/"
 WIKI6M = ("Wiki6M_ver_1_0_title_only.jsonl", "Wiki6M_ver_1_0.jsonl", "Wiki6M_ver_1_0.jsonl.gz")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 BAD_LINE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)
 TABLE = re.compile(r"wiki_image_url_part_\d+_processed\.csv$")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("infoseek", "inat", "omgm", "names"), help="the layout that is there")
+    parser.add_argument("what", choices=("infoseek", "inat", "ids", "omgm", "names"), help="the layout that is there")
     parser.add_argument("--root", required=True, help="folder of the benchmark's files, prepare.py's --root")
     parser.add_argument("--kb", help="for infoseek and names: knowledge base below the root (default: the first of "
                                      f"{', '.join(prepare.KB_NAMES['infoseek'])})")
     parser.add_argument("--inat", default="inat", help="for inat: folder of iNaturalist below the root (default inat)")
-    parser.add_argument("--images", help="for omgm and names: folder below the root")
+    parser.add_argument("--collection", choices=("oven", "landmarks", "train", "val"), help="for ids: whose images")
+    parser.add_argument("--images", help="for ids, omgm and names: folder below the root")
     parser.add_argument("--out", default="url_to_path_mapping.json", help="for omgm and names: file to write below the "
                         "root (default url_to_path_mapping.json; another needs prepare.py's --kb-images)")
     args = parser.parse_args(argv)
     args.dataset = "infoseek"  # whose names of a knowledge base are all that there are
-    if args.what in ("omgm", "names") and not args.images:
+    if args.what in ("ids", "omgm", "names") and not args.images:
         parser.error(f"{args.what} needs --images, the folder of the images below the root")
+    if args.what == "ids" and not args.collection:
+        parser.error("ids needs --collection, whose images these are")
     return args
 
 
@@ -180,7 +187,7 @@ def write_questions(path, out, title_of, urls, kb):
     counts.say(out, f"; of the kept {missing} are about an entity that {os.path.basename(kb)} lacks")
 
 
-# -------------------------------------------------------------------------------------------------------- iNaturalist
+# ------------------------------------------------------------------------------------------------------ query images
 
 def inat(args):
     """COCO's form, {"images": [{"id", "file_name"}]}, read whole -> {id: file name}."""
@@ -210,6 +217,24 @@ def inat_names(path):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not iNaturalist's file of images with id and file_name "
                              f"({type(error).__name__}: {error}); was it copied to its end?") from error
+
+
+def ids(args):
+    """Image files anywhere in a folder -> {id: path below the folder}.
+
+    An id ends at the first dot (some have <id>.img.jpg). Of several files the first by path is taken.
+    """
+    out, counts, found = new_file(os.path.join(args.root, args.images, f"{args.collection}_id2name.json")), Counts(), {}
+    for path in sorted(files_of(args)):
+        counts.read += 1
+        image_id = os.path.basename(path).split(".")[0]
+        if os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
+            counts.drop("not called as an image", path)
+        elif image_id in found:
+            counts.drop("id repeated", path)
+        else:
+            found[image_id] = os.path.relpath(path, args.images)
+    write_pairs(out, found, counts)
 
 
 # ---------------------------------------------------------------------------------- images of the knowledge base
@@ -266,13 +291,27 @@ def files_of(args):
     """Paths below the root of the files in --images."""
     if not os.path.isdir(folder := os.path.join(args.root, prepare.inside_root(args, args.images, "--images"))):
         raise FileNotFoundError(f"{folder} is missing; --images must be a folder below the root")
-    return prepare.files_below(args.root, args.images)
+    return files_below(args.root, args.images)
+
+
+def files_below(root, folder, above=()):
+    """Yield the path below the root of each file in a folder, in any order. Links to folders are followed, as whole
+    disks are linked in; a link to a folder that it lies in, which would lead round in a circle for ever, is not."""
+    status = os.stat(os.path.join(root, folder))
+    if (here := (status.st_dev, status.st_ino)) not in above:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = os.path.normpath(os.path.join(folder, entry.name)).replace(os.sep, "/")
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link to itself: no folder
+                    yield from files_below(root, path, (*above, here))
+                else:
+                    yield path
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        {"infoseek": infoseek, "inat": inat, "omgm": omgm, "names": names}[args.what](args)
+        {"infoseek": infoseek, "inat": inat, "ids": ids, "omgm": omgm, "names": names}[args.what](args)
     except (InputError, OSError) as error:
         raise SystemExit(f"tools.layouts: {error}") from error
 
