@@ -11,10 +11,7 @@ The digit that ends a question says what the policy answers: see SAYS.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -531,8 +528,8 @@ def noise(seed, size=(140, 112)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8))
 
 
-def test_command_with_the_shipped_models(tmp_path):
-    """The whole command in a process of its own, against the leaves put together by hand."""
+def test_command_with_the_shipped_models(tmp_path, monkeypatch, capsys):
+    """The whole command against the leaves put together by hand."""
     folder = tmp_path / "c"
     folder.mkdir()
     for i in range(5):
@@ -540,12 +537,10 @@ def test_command_with_the_shipped_models(tmp_path):
     (folder / "3.txt").write_text("A beetle with blue spots")
     noise(9, (224, 168)).save(tmp_path / "q.png")
     question = "Where does this beetle live?"
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.rerank", "--policy", "mini/policy", "--scorer", "mini/scorer", "--image",
-         tmp_path / "q.png", "--question", question, "--candidates", folder, "--threshold", "0", "--json",
-         "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    monkeypatch.chdir(ROOT)
+    tool.main(["--policy", "mini/policy", "--scorer", "mini/scorer", "--image", str(tmp_path / "q.png"), "--question",
+               question, "--candidates", str(folder), "--threshold", "0", "--json", "--device", "cpu"])
+    found = json.loads(capsys.readouterr().out)
     policy, scorer, image = load_policy("mini/policy"), load_scorer("mini/scorer"), noise(9, (224, 168))
     action = policy.act([image], [question], force="REGION")[0]  # above 0 is every p(REGION | x)
     texts = np.zeros((5, scorer.dim), np.float32)
