@@ -29,6 +29,7 @@ BENCH_FLAGS ?=
 SCALE_FLAGS ?=
 REPORT_FLAGS ?=
 DEMO_PORT ?= 8000
+DEMO_FLAGS ?=
 # Ablations: readings of r-GRPO and of its reward, each with every seed. READINGS="default rank" SEEDS="0 1" asks for fewer.
 SEEDS ?= 0 1 2
 READINGS ?= default analytic mrr ndcg rank absolute pi nostd group conditional balanced resample plain free \
@@ -102,8 +103,8 @@ test: $(READY:run.stamp=dev.stamp) ## all tests, in two processes (TEST_FLAGS="-
 mini: | $(READY) ## build the stand-in models mini/scorer, mini/policy and mini/scorer2 anew
 	$(PY) -m mini.pretrain
 
-demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000 (DEMO_PORT=8000)
-	$(PY) -m tools.demo --port $(DEMO_PORT) --data data/$(DATASET) --run runs/$(RUN)
+demo: $(TRAINED) ## try the trained policy on a page: http://127.0.0.1:8000 (DEMO_PORT=8000; KB=FOLDER: your pictures)
+	$(PY) -m tools.demo --port $(DEMO_PORT) --data data/$(DATASET) --run runs/$(RUN) $(if $(KB),--kb "$(KB)") $(DEMO_FLAGS)
 
 bench: | $(READY) ## time and memory of a step and of an answer on random weights, into bench/ (see tools/bench.py)
 	$(PY) -m tools.bench $(BENCH_FLAGS)

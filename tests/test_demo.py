@@ -1,30 +1,41 @@
-"""tools/demo.py on the colours of test_rerank.py: what the page gets, what is refused, and the page in a browser."""
+"""tools/demo.py on the colours of test_rerank.py: what the page gets, what is refused, the service for
+other programs, and a folder of one's own pictures. test_browser.py has the page as a browser shows it."""
 
 import base64
 import http.client
 import io
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_rerank import COLOURS, LEFT, RIGHT, fakes, two_halves, world  # noqa: F401
+from test_house import make
+from test_rerank import COLOURS, HALF, LEFT, NAMES, RIGHT, fakes, paint, square, two_halves, world  # noqa: F401
 
-from scorer import read_image
+from policy import Action
+from scorer import InputError, Query, load_data, read_image, write_split
 from tools import demo as tool
-from tools import rerank
+from tools import folder, rerank
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo_of(world, *flags):  # noqa: F811
+    flags = flags or ("--run", str(world / "run"))
+    return tool.Demo(rerank.Models(rerank.parse_args([*flags, "--query", "q 0", "--device", "cpu"])))
 
 
 @pytest.fixture
 def server(world):  # noqa: F811
-    models = rerank.Models(rerank.parse_args(["--run", str(world / "run"), "--query", "q 0", "--device", "cpu"]))
     with tool.open_server(0) as found:
-        found.demo = tool.Demo(models)
+        found.demo = demo_of(world)
         thread = threading.Thread(target=found.serve_forever, args=(.01,))  # seconds between looks for a shutdown
         thread.start()
         yield found
@@ -102,7 +113,7 @@ def test_pictures_are_served_as_they_were_scored(server, world):  # noqa: F811
     found = Image.open(io.BytesIO(ask(server, "GET", "/query/1")[2]))
     assert found.size == read_image(str(world / "raw" / "q1.png")).size and not found.getexif()
     assert post(server, example=1, question="0")[1]["size"] == list(found.size)
-    assert tool.uploaded(encoded(Image.new("RGB", (8, 4)), exif=exif)).size == (4, 8)
+    assert tool.uploaded(encoded(Image.new("RGB", (8, 4)), exif=exif), "the query").size == (4, 8)
 
 
 def test_dropped_image(server):
@@ -178,12 +189,12 @@ def test_requests_that_will_not_do(server, monkeypatch, request_, status, compla
 def test_image_of_too_many_pixels(server):
     """A white 10,001 x 10,000 PNG is a few kB: it is its header that is looked at."""
     status, answer = post(server, image=encoded(Image.new("1", (10_001, 10_000))), question="0")
-    assert status == 413 and answer["error"].startswith("The image that was sent has more than 100,000,000 pixels")
+    assert status == 413 and answer["error"].startswith("The image of the query has more than 100,000,000 pixels")
 
 
 @pytest.mark.parametrize("headers, status", [
     ({"Content_Type": "text/plain"}, 415),  # all that a form of another site can send
-    ({"Content_Type": "application/json", "Content_Length": str(13 << 20)}, 413),
+    ({"Content_Type": "application/json", "Content_Length": str(25 << 20)}, 413),
     ({"Content_Type": "application/json", "Content_Length": "-1"}, 411),
     ({"Content_Type": "application/json", "Host": "evil.example"}, 403)])
 def test_headers_that_will_not_do(server, headers, status):
@@ -204,18 +215,157 @@ def test_port_in_use_is_noticed_before_the_models_load(world, fakes):  # noqa: F
     assert not fakes.policies and not fakes.scorers
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-@pytest.mark.parametrize("query, words", [
-    ("?example=0&run=1", ["REGION: look here", "p(REGION) = 0.900", "After: what the policy chose", "right answer"]),
-    ("?example=2&run=1&force=REGION", ["forced; p(REGION) = 0.100", "After: the forced REGION"]),
-    ("?example=9", ["Examples run from 0 to 3."])])
-def test_page_in_a_browser(server, tmp_path, query, words):
-    """What the page's script makes of the answer, as a browser has it after asking; titles stay text."""
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-         "--disable-component-update", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-         "--virtual-time-budget=20000", f"http://127.0.0.1:{server.server_port}/{query}"],
-        capture_output=True, text=True, timeout=120)
-    body = done.stdout.split("<script>")[0]
-    assert [word for word in words if word not in body] == [] and "<b>" not in body
-    assert len(re.findall("<li[ >]", body)) == (6 if "run" in query else 0)  # K = 3, before and after
+# ---------------------------------------------------------------------------------------------------------- a service
+
+def sent(server, **more):
+    """The two halves, asked "0" (the left one: red), with candidates of the request."""
+    return post(server, image=encoded(two_halves()), question="Which, 0", **more)
+
+
+def test_candidates_of_a_request(server, fakes):  # noqa: F811
+    """Pictures, texts, both (Eq. 3: red and "blue" make purple) and vectors of any length; encoded once."""
+    named = [{"image": encoded(square("green")), "name": "leaf"}, {"text": "red"}, {"vector": [255, 0, 255]},
+             {"image": encoded(square("red")), "text": " blue ", "name": 7}]
+    before = fakes.scorer.images
+    for _ in range(2):
+        status, found = sent(server, candidates=named)
+        assert status == 200 and found["ranking"] == [1, 2, 3, 0] and not found["retrieved"]
+        assert found["box"] == list(LEFT) and found["decision"] == "REGION" and found["size"] == [64, 64]
+        np.testing.assert_allclose([row["score"] for row in found["candidates"]], [1, HALF, HALF, 0], atol=1e-6)
+        np.testing.assert_allclose([row["score_before"] for row in found["candidates"]], [HALF, 1, 1, 0], atol=1e-6)
+        assert [row["name"] for row in found["candidates"]] == ["1", "2", "7", "leaf"]
+        assert [(row["text"], row["row"], row["positive"]) for row in found["candidates"]][:2] == [
+            ("red", None, False), ("", None, False)]
+    assert (fakes.scorer.texts, fakes.scorer.images - before) == (2, 2 + 2 * 2)  # and each time the query and its crop
+    assert post(server, example=0, question="0", candidates=named)[1]["candidates"][0]["positive"] is False
+    server.demo.data, server.demo.examples = None, 0  # a service needs no knowledge base
+    assert sent(server, candidates=named)[0] == 200
+    status, found = sent(server)
+    assert status == 400 and "no knowledge base here: send candidates" in found["error"]
+
+
+def test_what_is_kept_of_a_request_is_limited(server, monkeypatch, fakes):  # noqa: F811
+    monkeypatch.setattr(tool, "KNOWN_LIMIT", 2)
+    for name in ("red", "blue", "green", "purple"):
+        assert sent(server, candidates=[{"text": name}])[0] == 200 and len(server.demo.known) <= 3
+    assert sent(server, candidates=[{"text": "red"}])[0] == 200 and fakes.scorer.texts == 5
+    read = []
+    fakes.scorer.text_features = lambda texts: read.append(texts) or np.ones((1, 3), np.float32)
+    assert sent(server, candidates=[{"text": "x" * 20_000}])[0] == 200 and read == [["x" * 10_000]]
+
+
+@pytest.mark.parametrize("candidates, complaint", [
+    ([], "a list of 1 to 200"), ({}, "a list of 1 to 200"), ([{"text": "red"}] * 201, "a list of 1 to 200"),
+    (["red"], "a list of 1 to 200"), ([{"text": "red"}, {}], "No direction for candidate 1"),
+    ([{"text": " "}], "candidate 0"), ([{"image": "???"}], "image of candidate 0 did not arrive whole"),
+    ([{"image": base64.b64encode(b"GIF89a").decode()}], "sent for candidate 0 cannot be read as an image"),
+    ([{"image": ["x"]}], "candidate 0 did not arrive"),
+    *[([{"vector": vector}], "a vector of 3 numbers") for vector in (
+        [1, 2], [0, 0, 0], [1, 2, float("nan")], [1, 2, 10 ** 400], [[1], [2, 3]], ["a", "b", "c"], None, 3)]])
+def test_candidates_that_will_not_do(server, candidates, complaint):
+    status, found = sent(server, candidates=candidates)
+    assert status == 400 and complaint in found["error"]
+
+
+def test_sliver_of_a_picture(server):
+    """201 : 1 is more than Qwen2.5-VL resizes; it is told of this picture, not of a batch."""
+    status, found = post(server, image=encoded(Image.new("RGB", (3, 603))), question="0")
+    assert status == 400 and "has 3 x 603 pixels: cut it, one side may be at most 200 times the other" in found["error"]
+    assert post(server, image=encoded(Image.new("RGB", (3, 600), COLOURS["red"])), question="2")[0] == 200
+
+
+def test_crop_that_was_not_taken(server):
+    assert post(server, example=2, question="2", spared=True)[1]["spared"] == list(LEFT)
+    assert post(server, example=2, question="2")[1]["spared"] is None
+    assert post(server, example=0, question="0", spared=True)[1]["spared"] is None
+    assert post(server, example=0, question="0", spared=True, force="FULL")[1]["spared"] == list(LEFT)
+
+
+def test_first_example_is_one_that_the_crop_rescues(world, fakes):  # noqa: F811
+    """Only query 0's right answer is found by its crop; 1 crops elsewhere, 2 keeps the image, 3 cannot be read."""
+    labels = [[0, 0, 1], [0, 1, 0], [0, 1, 0], [1, 0, 0]]
+    for order, first in (((0, 1, 2, 3), 0), ((1, 2, 3, 0), 3), ((1, 2, 3), 0)):
+        queries = [Query(f"q {i}", f"q{i}.png", f"What is this, {i}", ["red"]) for i in order]
+        write_split(world / "data", "test", queries, pool=[[0, 1, 2]] * len(order), pool_image=[[0, 2, 4]] * len(order),
+                    labels=[[0, 1, 0] if i == 0 else labels[i] for i in order], retrieval=[[1., .7, .7]] * len(order),
+                    full=[(127.5, 0, 127.5)] * len(order))
+        assert demo_of(world).first == first
+    (world / "raw" / "q1.png").unlink()  # one that cannot be asked is passed over
+    write_split(world / "data", "test", [Query(f"q {i}", f"q{i}.png", f"What is this, {i}", ["red"]) for i in (1, 0)],
+                pool=[[0, 1, 2]] * 2, pool_image=[[0, 2, 4]] * 2, labels=[[0, 1, 0]] * 2, retrieval=[[1., .7, .7]] * 2,
+                full=[(127.5, 0, 127.5)] * 2)
+    assert demo_of(world).first == 1
+
+
+# -------------------------------------------------------------------------------------------- pictures of one's own
+
+def test_folder_of_pictures(tmp_path, fakes, monkeypatch):  # noqa: F811
+    """Four colours: a picture's pool is the other three, nearest first; texts count; another picture meets all four."""
+    photos = paint(tmp_path / "photos")
+    (photos / "green.txt").write_text("blue")
+    folder.write_folder(str(photos), fakes.scorer, str(tmp_path / "data" / "photos"))
+    data = load_data(str(tmp_path / "data" / "photos"), "test", fakes.scorer)
+    names = [query.query_id for query in data.queries]
+    assert names == sorted(NAMES) and data.manifest["K"] == 3 and not data.labels.any()
+    assert [[names[j] for j in row] for row in data.pool][2] == ["blue", "red", "green"]  # purple: HALF, HALF, 0
+    np.testing.assert_allclose(data.retrieval[2], [HALF, HALF, 0], atol=1e-3)
+    assert data.open_image(1).size == (8, 8) and data.candidate_image_path(3) == str(photos / "red.png")
+    np.testing.assert_allclose(data.kb_text, [[0] * 3, COLOURS["blue"], [0] * 3, [0] * 3])
+    found = demo_of(tmp_path, "--policy", "scripted", "--data", str(tmp_path / "data" / "photos"))
+    assert found.example(0) == {"id": "blue", "question": "What is this?", "in_pool": None}
+    assert found.about()["dataset"] == "pictures of photos" and found.first == 0
+    answer = found.answer({"image": encoded(two_halves()), "question": "0"})
+    assert answer["candidates"][0]["name"] == "red" and len(answer["candidates"]) == 3
+    monkeypatch.setattr(folder, "load_scorer", lambda *asked: fakes.scorer)
+    command = [str(photos), "--scorer", "colours", "--k", "2", "--out"]
+    with pytest.raises(SystemExit, match="folder: .* holds prepared data already"):
+        folder.main([*command, str(tmp_path / "data" / "photos")])
+    folder.main([*command, str(tmp_path / "two")])
+    assert load_data(str(tmp_path / "two"), "test").pool.shape == (4, 2)
+    for name in NAMES[1:]:
+        (photos / f"{name}.png").unlink()
+    with pytest.raises(InputError, match="holds one picture"):
+        folder.write_folder(str(photos), fakes.scorer, str(tmp_path / "one"))
+
+
+def test_kb_of_the_command(world, fakes, monkeypatch, capsys):  # noqa: F811
+    """--kb takes the run's policy, the scorer that is named, and leaves nothing behind."""
+    photos, seen = paint(world / "photos"), []
+    (photos / "red.txt").write_text("red")
+
+    def serve(server):
+        seen.append((server.demo.about(), server.demo.models.folder,
+                     server.demo.answer({"example": 0, "question": "What, 0"})))
+
+    monkeypatch.setattr(tool.ThreadingHTTPServer, "serve_forever", serve)
+    command = ["--run", str(world / "run"), "--port", "0", "--kb"]
+    tool.main([*command, str(photos), "--scorer", "open_clip:X/y", "--k", "2"])
+    (about, used, answer), = seen
+    assert about["examples"] == about["entities"] == 4 and about["dataset"] == "pictures of photos"
+    assert fakes.scorers[0][0] == "open_clip:X/y" and not os.path.exists(used)
+    assert len(answer["candidates"]) == 2 and "blue" not in [row["name"] for row in answer["candidates"]]
+    assert {row["name"]: row["text"] for row in answer["candidates"]}.get("red", "red") == "red"
+    with pytest.raises(SystemExit, match="demo: candidates .*none: no folder"):
+        tool.main([*command, str(world / "none")])
+
+
+def test_make_takes_a_folder():
+    printed = make("-n", "demo", "KB=my photos", "DEMO_FLAGS=--scorer open_clip:X/y").stdout
+    assert '--kb "my photos" --scorer open_clip:X/y' in printed and "--kb" not in make("-n", "demo").stdout
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_curl_of_the_docs(server, tmp_path, fakes):  # noqa: F811
+    """The block of docs/demo.md, run as it stands; and every field of the answer is explained there."""
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    block, = re.findall(r"^```bash\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    two_halves().save(tmp_path / "q.jpg")
+    square("red").save(tmp_path / "tower.jpg")
+    fakes.scorer.text_features = lambda texts: np.tile(np.float32(COLOURS["blue"]), (len(texts), 1))
+    fakes.policy.act = lambda images, questions, **how: [Action("REGION", LEFT, .9, "") for _ in questions]
+    block = block.replace("8000", str(server.server_port))
+    done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ranking"] and [row["name"] for row in found["candidates"]][0] == "tower"
+    assert [name for name in (*found, *found["candidates"][0]) if f"`{name}`" not in page] == []
