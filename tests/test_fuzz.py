@@ -5,7 +5,7 @@ runs code. hypothesis makes up the texts; `fuzz_actions.py` does the same, guide
 """
 
 import builtins
-import io
+import contextlib
 import json
 import random
 import shutil
@@ -27,6 +27,7 @@ from policy import load_policy, parse, read_adapter
 from mini.pretrain import init_weights
 from scorer import ARRAYS, EvaClip, EvaClipConfig, Query, load_data, load_scorer, read_image
 from test_benchmarks import arguments, landmarks, root, scorer  # noqa: F401 (two are fixtures)
+from test_checkpoints import Evil
 from test_layouts import official
 from test_train import build_data
 from tools import layouts
@@ -254,15 +255,8 @@ def test_files_that_are_something_else(home, tmp_path, content):
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def encoded(image, kind, **more):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **more)
-    return buffer.getvalue()
-
-
-def noise(mode="RGB", size=(64, 48)):
-    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
 
 def png(width, height):
@@ -274,42 +268,6 @@ def png(width, height):
             + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b""))
 
 
-@pytest.mark.parametrize("name, content, size", [
-    ("one.png", encoded(Image.new("RGB", (1, 1)), "PNG"), (1, 1)),
-    ("jpeg_in_truth.png", encoded(noise(), "JPEG"), (64, 48)),
-    ("no_extension", encoded(noise(), "PNG"), (64, 48)),
-    ("cmyk.jpg", encoded(noise("CMYK"), "JPEG"), (64, 48)),
-    ("palette.gif", encoded(noise("P"), "GIF"), (64, 48)),
-    ("alpha.png", encoded(noise("RGBA"), "PNG"), (64, 48)),
-    ("black_and_white.png", encoded(noise("1"), "PNG"), (64, 48)),
-    ("animated.gif", encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)]), (64, 48)),
-    ("long.png", encoded(Image.new("L", (20_000, 3)), "PNG"), (20_000, 3)),
-])
-def test_unusual_images_are_read(tmp_path, name, content, size):
-    (tmp_path / name).write_bytes(content)
-    image = read_image(str(tmp_path / name))
-    assert image.mode == "RGB" and image.size == size
-
-
-def test_first_frame_and_upright(tmp_path):
-    """Of an animation the first picture; as EXIF turns it, so that boxes are in the pixels that a viewer shows."""
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert read_image(str(tmp_path / "a.gif")).getpixel((0, 0)) == (255, 0, 0)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    noise().save(tmp_path / "turned.png", exif=exif)
-    assert read_image(str(tmp_path / "turned.png")).size == (48, 64)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_a_pixel_are_not_cut_off(tmp_path, kind):
-    grey = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)  # every high byte once
-    Image.fromarray(grey).save(tmp_path / "grey", kind)
-    found = np.asarray(read_image(str(tmp_path / "grey")))[..., 0].astype(int)
-    assert np.abs(found - (grey >> 8)).max() <= 1
-
-
 @pytest.mark.parametrize("content", [b"", b"x", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"<svg/>",
                                      png(50_000, 50_000), png(0, 10), png(300, 300)])
 def test_what_is_no_image_is_named(tmp_path, content):
@@ -317,8 +275,6 @@ def test_what_is_no_image_is_named(tmp_path, content):
     (tmp_path / "image.png").write_bytes(content)
     with pytest.raises(ValueError, match="image .*image.png cannot be read"):
         read_image(str(tmp_path / "image.png"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_image(str(tmp_path / "nowhere.png"))
     with pytest.raises(FileNotFoundError):
         read_image(str(tmp_path))
 
@@ -326,11 +282,13 @@ def test_what_is_no_image_is_named(tmp_path, content):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "DDS", "AVIF"])
 def test_damaged_images(tmp_path, kind):
+    """Refused with its name, or read: never an error of a decoder's own."""
+    draw, refused, path = random.Random(kind), 0, tmp_path / "image"
     try:
-        content = encoded(noise(), kind)
+        noise().save(path, kind)
     except (KeyError, OSError):
         pytest.skip(f"this Pillow writes no {kind}")
-    draw, refused, path = random.Random(kind), 0, tmp_path / "image"
+    content = path.read_bytes()
     for turn in range(150):
         changed = bytearray(content[:draw.randrange(len(content))] if turn % 3 == 0 else content)
         for _ in range(turn % 3):
@@ -370,24 +328,16 @@ def booby_trapped(plain, folder, mark):
     return folder
 
 
-def test_a_model_folder_runs_no_code(plain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [{}, {"model_type": "evil"}])
+def test_a_model_folder_runs_no_code(plain, tmp_path, monkeypatch, change):
+    """Neither one of a known kind nor one that only its own code could open."""
     asked = []
     monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "y")  # who would say yes to anything
     folder = booby_trapped(plain, tmp_path / "trap", tmp_path / "mark")
-    try:
-        load_policy(str(folder))
-    except ValueError:
-        pass  # to refuse it is as good as to ignore the trap
-    assert not (tmp_path / "mark").exists() and not asked
-
-
-def test_a_model_of_an_unknown_kind_runs_no_code(plain, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(builtins, "input", lambda *words: asked.append(words) or "y")
-    folder = booby_trapped(plain, tmp_path / "trap", tmp_path / "mark")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
-    with pytest.raises(ValueError):
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    # To refuse a known kind is as good as to ignore the trap.
+    with pytest.raises(ValueError) if change else contextlib.suppress(ValueError):
         load_policy(str(folder))
     assert not (tmp_path / "mark").exists() and not asked
 
@@ -396,19 +346,10 @@ def test_weights_that_are_a_pickle_are_not_loaded(plain, tmp_path):
     """A checkpoint of pytorch_model.bin alone: transformers would unpickle it with weights_only, and it holds more."""
     folder = tmp_path / "trap"
     shutil.copytree(plain, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save({"x": Evil(str(tmp_path / "mark"))}, folder / "pytorch_model.bin")
+    torch.save({"x": Evil(tmp_path / "mark")}, folder / "pytorch_model.bin")
     with pytest.raises(Exception):
         load_policy(str(folder))
     assert not (tmp_path / "mark").exists()
-
-
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        import os
-        return os.mkdir, (self.mark,)
 
 
 @pytest.fixture
@@ -421,7 +362,7 @@ def adapter(plain, tmp_path):
 
 def test_an_adapter_is_read_from_safetensors_alone(plain, adapter, tmp_path):
     (adapter / "adapter_model.safetensors").unlink()
-    torch.save({"x": Evil(str(tmp_path / "mark"))}, adapter / "adapter_model.bin")
+    torch.save({"x": Evil(tmp_path / "mark")}, adapter / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
         load_policy(str(plain), str(adapter))
     assert not (tmp_path / "mark").exists()

@@ -11,6 +11,7 @@ import time
 import tracemalloc
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -177,28 +178,6 @@ def test_epsilons():
     assert block.norm1(x)[0, :2].tolist() == pytest.approx([0.5 ** 0.5, -(0.5 ** 0.5)], abs=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.999), (torch.float16, 0.99999)])
-def test_low_precision_stays_close(dtype, bound):
-    model = random_model(OBLONG)
-    pixels = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(1))
-    ids = torch.tensor([[598, 5, 9, 599], [598, 7, 599, 0]])
-    exact = model.encode_image(pixels), model.encode_text(ids)
-    model.to(dtype)
-    for want, low in zip(exact, (model.encode_image(pixels), model.encode_text(ids))):
-        assert low.dtype == dtype
-        assert torch.nn.functional.cosine_similarity(want, low.float()).min() > bound
-
-
-@torch.no_grad()
-def test_what_follows_the_end_is_irrelevant():
-    model = random_model(OBLONG)
-    features = model.encode_text(torch.tensor([[598, 5, 9, 599, 0, 0], [598, 5, 9, 599, 599, 7]]))
-    short = model.encode_text(torch.tensor([[598, 5, 9, 599]]))
-    assert torch.allclose(features, short.expand(2, -1), atol=1e-5)
-    assert not torch.allclose(short, model.encode_text(torch.tensor([[598, 9, 5, 599]])), atol=1e-2)
-
-
 def test_wrong_size_is_named():
     with pytest.raises(ValueError, match=r"\[B, 3, 28, 28\], got \[1, 3, 28, 42\]"):
         random_model(OBLONG).encode_image(torch.zeros(1, 3, 28, 42))
@@ -271,61 +250,13 @@ AWKWARD = ["", "  A  beetle,\n\tspotted! ", "it's 12.5 km -- no?", "caf\u00e9 na
 
 
 def test_tokens_are_open_clips():
-    open_clip = pytest.importorskip("open_clip")
     assert torch.equal(S.Tokenizer()(AWKWARD), open_clip.get_tokenizer("ViT-B-32")(AWKWARD))
-
-
-def slow_tokens(text, merges):
-    """CLIP's byte-pair encoding of one text, from its definition: clean, split, spell in bytes, merge by rank."""
-    import html
-
-    import ftfy
-    import regex
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    text = regex.sub(r"\s+", " ", text).strip().lower()
-    # Bytes that print stand for themselves, the others for the characters from 256 on.
-    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = printing + [b for b in range(256) if b not in printing]
-    letter = {b: chr(b) if b in printing else chr(256 + n - len(printing)) for n, b in enumerate(order)}
-    pieces = [letter[b] for b in order]
-    ids = {piece: i for i, piece in enumerate(pieces + [p + "</w>" for p in pieces] + ["".join(m) for m in merges])}
-    ids.update({"<start_of_text>": 49406, "<end_of_text>": 49407})
-    rank, out = {merge: n for n, merge in enumerate(merges)}, [49406]
-    kinds = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-    for word in regex.findall(kinds, text, regex.I):
-        if word in ("<start_of_text>", "<end_of_text>"):
-            out.append(ids[word])
-            continue
-        parts = [letter[b] for b in word.encode()]
-        parts[-1] += "</w>"
-        while pairs := [(rank[pair], n) for n, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in rank]:
-            n = min(pairs)[1]  # one merge at a time, the best and leftmost
-            parts[n:n + 2] = [parts[n] + parts[n + 1]]
-        out += [ids[part] for part in parts]
-    out = out[:76] + [49407]
-    return out + [0] * (77 - len(out))
-
-
-def test_tokens_are_those_of_the_definition():
-    import gzip
-
-    from open_clip import tokenizer
-    with gzip.open(os.path.join(os.path.dirname(tokenizer.__file__), "bpe_simple_vocab_16e6.txt.gz"), "rt",
-                   encoding="utf-8") as file:
-        merges = [tuple(line.split()) for line in file.read().split("\n")[1:48895]]
-    more = ["\U0001f468\u200d\U0001f469\u200d\U0001f467 family", "&lt;p&gt;caf&eacute;&nbsp;&#8212; &amp;hearts;",
-            "a" * 500, "don't we'll I'M", "\u0130stanbul \u00df \u03a3\u03c2", "x" * 9 + "\u200b" + "1234567890"]
-    got = S.Tokenizer()(AWKWARD + more)
-    for text, row in zip(AWKWARD + more, got, strict=True):
-        assert row.tolist() == slow_tokens(text, merges), text
 
 
 def test_text_of_10000_characters(folder):
     """Cut to the context, the last token is the end; a text of which the first 77 tokens are the same is the same."""
-    tokenizer = S.Tokenizer()
-    for text in ("word " * 2000, "a" * 10000, "\U0001f41e" * 10000, "1234567890" * 1000):
-        row = tokenizer([text])[0]
-        assert row.shape == (77,) and row[0] == 49406 and row[76] == 49407 and (row[1:76] != 49407).all()
+    row = S.Tokenizer()(["word " * 2000])[0]
+    assert row.shape == (77,) and row[0] == 49406 and row[76] == 49407 and (row[1:76] != 49407).all()
     scorer = S.load_scorer(folder)
     long, longer = scorer.text_features(["word " * 2000, "word " * 2001])
     np.testing.assert_array_equal(long, longer)
@@ -375,27 +306,24 @@ def test_preprocess_of_other_modes_and_slivers():
 
 
 def test_read_image(tmp_path):
-    photo(40, 30).save(tmp_path / "a.jpg")
-    assert S.read_image(tmp_path / "a.jpg").size == (40, 30)
+    """By what is inside, whatever the file is called; and what cannot be read is named."""
+    for name, kind, size in (("a.jpg", "JPEG", (40, 30)), ("jpeg_in_truth.png", "JPEG", (40, 30)),
+                             ("no_extension", "PNG", (40, 30)), ("long.png", "PNG", (20_000, 3))):
+        photo(*size).save(tmp_path / name, kind)
+        assert S.read_image(tmp_path / name).size == size
     with pytest.raises(FileNotFoundError, match="none.jpg is missing"):
         S.read_image(tmp_path / "none.jpg")
-    whole = (tmp_path / "a.jpg").read_bytes()
-    photo(40, 30).save(tmp_path / "c.png")
-    png = (tmp_path / "c.png").read_bytes()
-    for name, content in (("cut.jpg", whole[:len(whole) // 2]), ("text.jpg", b"not an image"), ("empty.jpg", b""),
-                          ("cut.png", png[:len(png) // 2]), ("flip.png", png[:60] + b"\xff" * 40 + png[100:])):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            S.read_image(tmp_path / name)
+    whole, png = (tmp_path / "a.jpg").read_bytes(), (tmp_path / "no_extension").read_bytes()
+    for content in (whole[:len(whole) // 2], png[:len(png) // 2], png[:60] + b"\xff" * 40 + png[100:]):
+        (tmp_path / "cut").write_bytes(content)
+        with pytest.raises(ValueError, match="cut cannot be read"):
+            S.read_image(tmp_path / "cut")
 
 
 def test_decompression_bomb(tmp_path):
-    """20,000 x 20,000 in 50 kB: over Pillow's limit, and refused before a pixel is decoded."""
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    assert os.path.getsize(tmp_path / "bomb.png") < 1e5
-    with pytest.raises(ValueError, match="bomb.png cannot be read: .*decompression bomb"):
-        S.read_image(tmp_path / "bomb.png")
-    Image.new("1", (10001, 10000)).save(tmp_path / "large.png")  # over our own limit alone
+    """A white image of 10,001 x 10,000 is a few kB. Below Pillow's own limit, so ours alone refuses it, by its header
+    (test_fuzz.py has one beyond Pillow's)."""
+    Image.new("1", (10001, 10000)).save(tmp_path / "large.png")
     with pytest.raises(S.TooLarge, match="large.png has more than 100,000,000 pixels"):
         S.read_image(tmp_path / "large.png")
 

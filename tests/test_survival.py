@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +26,7 @@ import policy as policy_file
 import train
 from policy import Action
 from scorer import InputError, hold, load_data, load_scorer
+from test_checkpoints import Evil
 from test_train import ADAPTER, flags, forked, home, read_log, refused, untimed, weights  # noqa: F401 (home is a fixture)
 
 STEPS, EVERY = 6, 2  # steps of a run, and between two states
@@ -299,9 +299,7 @@ def test_full_disk_loses_nothing_that_was_whole(home, unbroken, tmp_path, name):
     assert "No space left" in message and "make room" in message and str(run) in message and "--resume" in message
     assert (run / "state.pt").read_bytes() == kept
     link.unlink()
-    if "log" in name:  # what it held before is not the disk's to lose
-        shutil.copy(unbroken / name, link)
-    if name == "samples.jsonl":
+    if name.endswith(".jsonl"):  # what it held before is not the disk's to lose
         shutil.copy(unbroken / name, link)
     train.main(command(home, run, "--resume"))
     same_run(run, unbroken)
@@ -326,7 +324,8 @@ def test_damaged_state_is_refused(home, stopped):  # noqa: F811
         assert "state.pt is damaged" in refused(*command(home, stopped, "--resume"))
     # A single bit anywhere: either it is noticed, or (in a name, a date, padding) the state is what it was.
     noticed = 0
-    wanted = torch.load(stopped_state(path, whole), weights_only=True)
+    path.write_bytes(whole)
+    wanted = torch.load(path, weights_only=True)
     for _ in range(150):
         changed = bytearray(whole)
         changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
@@ -344,28 +343,10 @@ def test_damaged_state_is_refused(home, stopped):  # noqa: F811
     assert noticed > 75
 
 
-def stopped_state(path, content):
-    path.write_bytes(content)
-    return path
-
-
-class Evil:
-    """What unpickling would run: it leaves a mark."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
 def test_state_that_would_run_code_is_not_unpickled(home, stopped, tmp_path):  # noqa: F811
     torch.save({"step": 2, "lora": Evil(tmp_path / "mark"), "optimizer": {}}, stopped / "state.pt")
     assert "more than numbers" in refused(*command(home, stopped, "--resume"))
     assert not (tmp_path / "mark").exists()
-    function, arguments = Evil(tmp_path / "mark").__reduce__()  # the trap does work
-    function(*arguments)
-    assert (tmp_path / "mark").exists()
 
 
 # ---- what is not finite ----------------------------------------------------------------------------------------------
@@ -391,10 +372,19 @@ def test_nan_in_the_weights_stops_the_run_and_names_the_queries(home, tmp_path, 
     assert steps_of(tmp_path / "run") == [-1, 0]
 
 
+def views_of(home, rows=(3, 4)):  # noqa: F811
+    """Training data, scorer and images of some queries."""
+    data = load_data(str(home / "data"), "train")
+    return data, load_scorer(str(home / "scorer")), [data.open_image(row) for row in rows]
+
+
+def region(p=.5):
+    return Action("REGION", (0.0, 0.0, 20.0, 20.0), p, "")
+
+
 def test_nan_of_the_scorer_names_the_query(home):  # noqa: F811
-    data, scorer = load_data(str(home / "data"), "train"), load_scorer(str(home / "scorer"))
-    images = [data.open_image(row) for row in (3, 4)]
-    actions = [[Action("FULL", None, .5, "")], [Action("REGION", (0.0, 0.0, 20.0, 20.0), .5, "")]]
+    data, scorer, images = views_of(home)
+    actions = [[Action("FULL", None, .5, "")], [region()]]
     train.score_views(data, scorer, [3, 4], images, actions)
     with torch.no_grad():
         scorer.model.visual.head.weight.fill_(math.nan)
@@ -406,9 +396,9 @@ def test_nan_of_the_scorer_names_the_query(home):  # noqa: F811
     (math.nan, [.5, .5], "train-3"), (math.inf, [.5, .5], "train-3"), (0.0, [math.nan, .5], "train-3"),
     (0.0, [.5, math.inf], "train-4")])
 def test_reward_or_p_region_that_is_not_finite_names_the_query(home, bonus, p_regions, name):  # noqa: F811
-    data, scorer = load_data(str(home / "data"), "train"), load_scorer(str(home / "scorer"))
-    actions = [[Action("REGION", (0.0, 0.0, 20.0, 20.0), p, "")] for p in p_regions]
-    views = train.score_views(data, scorer, [3, 4], [data.open_image(row) for row in (3, 4)], actions)
+    data, scorer, images = views_of(home)
+    actions = [[region(p)] for p in p_regions]
+    views = train.score_views(data, scorer, [3, 4], images, actions)
     with pytest.raises(FloatingPointError, match=rf"reward or p\(REGION\) is not finite; query '{name}'"):
         train.reward_groups(data, [3, 4], actions, views, settings(), bonus)
 
@@ -422,10 +412,9 @@ def test_memory_is_the_most_that_the_process_had():
 
 
 def test_encouragement_is_paid_for_region_alone(home):  # noqa: F811
-    data, scorer = load_data(str(home / "data"), "train"), load_scorer(str(home / "scorer"))
-    actions = [Action("FULL", None, .5, ""), Action("REGION", (0.0, 0.0, 20.0, 20.0), .5, ""),
-               Action("MALFORMED", None, .5, "")]
-    views = train.score_views(data, scorer, [2], [data.open_image(2)], [actions])
+    data, scorer, images = views_of(home, [2])
+    actions = [Action("FULL", None, .5, ""), region(), Action("MALFORMED", None, .5, "")]
+    views = train.score_views(data, scorer, [2], images, [actions])
     plain, paid = (train.reward_groups(data, [2], [actions], views, settings(), bonus)[0] for bonus in (0.0, 0.25))
     assert paid["encouragement"].tolist() == [0.0, 0.25, 0.0] and "encouragement" not in plain
     assert (paid["total"] - plain["total"]).tolist() == pytest.approx([0.0, 0.25, 0.0])
