@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_house import make
+from test_open_clip import CLIP, OPENAI, save_random, table  # noqa: F401
 from test_rerank import COLOURS, HALF, LEFT, NAMES, RIGHT, fakes, paint, square, two_halves, world  # noqa: F401
 
 from policy import Action
-from scorer import InputError, Query, load_data, read_image, write_split
+from scorer import InputError, Query, load_data, load_scorer, read_image, write_split
 from tools import demo as tool
 from tools import folder, rerank
 
@@ -326,6 +327,22 @@ def test_folder_of_pictures(tmp_path, fakes, monkeypatch):  # noqa: F811
         (photos / f"{name}.png").unlink()
     with pytest.raises(InputError, match="holds one picture"):
         folder.write_folder(str(photos), fakes.scorer, str(tmp_path / "one"))
+
+
+def test_folder_with_a_model_of_open_clip(tmp_path, table):  # noqa: F811
+    """Random weights: what is stored is what the model gives, and the folder knows its scorer."""
+    table("tiny", CLIP, {"openai": {**OPENAI, "quick_gelu": False}})
+    save_random(tmp_path / "w.safetensors", "tiny")
+    photos = paint(tmp_path / "photos")
+    (photos / "red.txt").write_text("red", encoding="utf-8")
+    name = f"open_clip:tiny/openai={tmp_path}/w.safetensors"
+    folder.main([str(photos), "--scorer", name, "--out", str(tmp_path / "data")])
+    scorer = load_scorer(name)
+    data = load_data(str(tmp_path / "data"), "test", scorer)
+    full = scorer.image_features([square("red")])
+    np.testing.assert_allclose(data.kb_image[3:], full, atol=1e-2, rtol=1e-2)
+    np.testing.assert_allclose(data.kb_text[3:], scorer.text_features(["red"]), atol=1e-2, rtol=1e-2)
+    assert data.manifest["scorer"]["name"] == name and data.manifest["dim"] == 32
 
 
 def test_kb_of_the_command(world, fakes, monkeypatch, capsys):  # noqa: F811
