@@ -308,6 +308,8 @@ def test_kb_warts(root, scorer):
     edit(root / "url_to_path_mapping.json", lambda files: files.update(
         {f"https://up.org/bad.{suffix}": f"kb/bad.{suffix}" for suffix in extra} | {
             "https://up.org/lost.jpg": "kb/lost.jpg"}))
+    text = (root / "url_to_path_mapping.json").read_text().rstrip("}\n")
+    (root / "url_to_path_mapping.json").write_text(text + ', "https://up.org/e5_0.jpg": "kb/none.jpg"}')  # the first counts
     manifest = run(root)
     assert manifest["kb"]["dropped"] == {"entry has no image": 1, "no image url of the entry is known": 1,
                                          "entry repeated": 1}

@@ -323,12 +323,13 @@ def test_bad_rows_are_counted(world):
     rows[6]["question"] = "  "
     rows[7]["question_type"] = "riddle"
     rows[8].update(dataset_name="landmarks", dataset_image_ids="")
+    rows[10].update(dataset_name="landmarks", dataset_image_ids="../kb/9_0")  # a file that is there
     write_csv(world / "raw", "test", rows)
     manifest = run(world, "--splits", "test")
     assert_counts_add_up(manifest)
     assert manifest["splits"]["test"]["dropped"] == {
         "question_type '2_hop'": 1, "image id unknown": 2, "dataset_name 'flickr'": 1, "question empty": 1,
-        "question_type 'riddle'": 1}
+        "question_type 'riddle'": 1, "image missing": 1}
     # i counts the single-hop rows, used or not: rows 0, 2, 5 and 9 are 0, 1, 4 and 7 (1 is 2-hop, 7 is no known type).
     data = S.load_data(str(world / "data"), "test")
     assert [query.query_id for query in list(data.queries)[:4]] == [f"E-VQA_test_{i}" for i in (0, 1, 4, 7)]

@@ -98,8 +98,9 @@ def test_two_processes_equal_one(world, monkeypatch):
     assert json.loads((world / "two/manifest.json").read_text())["files"] == one["files"]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:60], lambda b: b[:-2], lambda b: bytes(len(b))],
-                         ids=["empty", "head", "cut", "zeros"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:60], lambda b: b[:-2], lambda b: bytes(len(b)),
+                                    lambda b: b[:b.index(b"keys.npy") + 150] + b"?" + b[b.index(b"keys.npy") + 151:]],
+                         ids=["empty", "head", "cut", "zeros", "a byte of its keys"])
 def test_damaged_piece_is_made_again(world, monkeypatch, embedded, damage):
     monkeypatch.setattr(P, "PIECE", 25)
     shutil.rmtree(world / "data.work")
