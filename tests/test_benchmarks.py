@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import tracemalloc
-import types
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from PIL import Image
 
 import prepare as P
 import scorer as S
+from test_prepare import assert_counts_add_up, queries_of
+from test_prepare import edit_json as edit
 
 ENTITIES = 12
 WIKI = "https://en.wikipedia.org/wiki/"
@@ -106,12 +107,6 @@ def root(tmp_path):
     return tmp_path / "raw"
 
 
-def edit(path, change):
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    S.write_json(path, content)
-
-
 def evqa_row(j, image_ids, name="landmarks", **changes):
     return {"question": f"How old is this {j}?", "answer": "red&&blue|green", "dataset_image_ids": image_ids,
             "dataset_name": name, "question_type": "automatic", "wikipedia_url": url(j), "evidence": "a\n\"b\", c",
@@ -139,20 +134,13 @@ def arguments(root, *more):
 
 def run(root, *more):
     manifest = P.prepare(P.parse_args(arguments(root, *more)))
-    for split in manifest["splits"].values():
-        assert split["rows_read"] == split["kept"] + sum(split["dropped"].values())
-    kb = manifest["kb"]
-    assert kb["entries_read"] == kb["kept"] + sum(kb["dropped"].values())
-    assert kb["images_read"] == kb["images"] + sum(kb["images_dropped"].values())
+    assert_counts_add_up(manifest)
     return manifest
 
 
 def pools(root, split="test"):
     """Queries with their rows of the arrays, as lists."""
-    data = S.load_data(str(root.parent / "data"), split)
-    names = ("pool", "pool_image", "labels", "retrieval")
-    return [types.SimpleNamespace(**vars(query), **{name: getattr(data, name)[i].tolist() for name in names})
-            for i, query in enumerate(data.queries)]
+    return queries_of(S.load_data(str(root.parent / "data"), split))
 
 
 def unit(value):

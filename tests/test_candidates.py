@@ -15,11 +15,10 @@ from collections import namedtuple
 import faiss
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 import prepare as P
 import scorer as S
+from test_benchmarks import ENTITIES, ColourScorer, colour, save
 from tools import atomic, echosight, mine, runs
 
 # ------------------------------------------------------------------------------------ EchoSight's and OMGM's files
@@ -209,37 +208,7 @@ def test_atomic_refuses(parquet, change, complaint):
 
 # -------------------------------------------------------------------------------------------------- EchoSight's index
 
-WIKI, ENTITIES = "https://en.wikipedia.org/wiki/", 12
-
-
-class ColourScorer(S.Scorer):
-    """The feature of an image is its mean colour (grey = 0) and a constant, that of a text its length."""
-
-    def __init__(self):
-        super().__init__("colour", "cpu", "float32")
-        self.dim, self.images = 4, 0
-
-    def preprocess(self, image):
-        return torch.from_numpy(np.asarray(image, np.float32).mean((0, 1)) / 255 - 0.5)
-
-    def encode(self, pixels):
-        self.images += len(pixels)
-        return np.concatenate([pixels.numpy(), np.full((len(pixels), 1), 0.2, np.float32)], 1)
-
-    def fingerprint(self):
-        return np.ones(4, np.float32) / 2
-
-    def text_features(self, texts):
-        return np.array([[0, 0, 0, 0.001 * len(text)] for text in texts], np.float32)
-
-
-def colour(j, off=0):
-    return tuple(int(v) + off for v in np.random.default_rng(j).integers(0, 245, 3))
-
-
-def save(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 7), value).save(path, "PNG")
+WIKI = "https://en.wikipedia.org/wiki/"
 
 
 @pytest.fixture
