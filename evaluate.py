@@ -39,7 +39,10 @@ from tqdm import tqdm
 
 from policy import Action, load_policy
 from rewards import metrics, summary
-from scorer import InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, write_json
+from scorer import (
+    InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, warn_of_idle_card,
+    write_json,
+)
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
 NEED_ADAPTER = ("random", "always", "policy")
@@ -525,6 +528,7 @@ def evaluate(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    warn_of_idle_card()
     try:
         result = evaluate(args)
     except (InputError, FileNotFoundError) as error:  # wrong input, said in one line; anything else is a bug and shows

@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from scorer import (ARRAYS, InputError, Lines, Query, TooLarge, hold, load_scorer, normalise, read_image, read_trec,
-                    replacing, trec_id, write_array, write_json, write_split)
+                    replacing, trec_id, warn_of_idle_card, write_array, write_json, write_split)
 
 # Every reason for which something is left out. Some end with a detail, as "question_type '2_hop'".
 REASONS = (
@@ -127,6 +127,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    warn_of_idle_card()
     try:
         manifest = prepare(args)
     except (InputError, OSError) as error:  # the message names file, row and remedy

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import tokenize
@@ -44,6 +45,14 @@ from torchvision import transforms
 class InputError(ValueError):
     """What a user gave does not fit: his file, row or flag, and what to do. A program prints it in one line; any other
     error is a bug of ours and shows its traceback."""
+
+
+def warn_of_idle_card():
+    """Say so where there is a card that PyTorch cannot use: the stages would run on the CPU without a word."""
+    if not torch.cuda.is_available() and (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+        print(f"There is a GPU here, but torch {torch.__version__} cannot use it, so this runs on the CPU. Most often the "
+              f"driver is older than CUDA {torch.version.cuda}: renew it, or install a torch for the driver's CUDA and "
+              "use that environment (make PY=python READY=).", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- Eq. 1 to 4

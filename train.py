@@ -47,7 +47,10 @@ from tqdm import tqdm
 import rgrpo
 from policy import load_policy
 from rewards import metrics, reward, summary
-from scorer import InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, write_json
+from scorer import (
+    InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, warn_of_idle_card,
+    write_json,
+)
 
 PRESETS = {
     # App. B. "Batch size 4 per device" on 4 GPUs is read as 16 queries of N rollouts a step, however many GPUs do it.
@@ -812,6 +815,7 @@ def train(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    warn_of_idle_card()
     # A pure function of the seed, on one machine: no kernel that adds up in an order of its own.
     torch.use_deterministic_algorithms(args.device == "cpu")
     try:

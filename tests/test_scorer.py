@@ -672,3 +672,14 @@ def test_a_disk_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(S.fcntl, "flock", flock)
     S.hold(str(tmp_path), "--run").close()
     assert "cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool, usable, said", [("/usr/bin/nvidia-smi", False, True), ("/usr/bin/nvidia-smi", True, False),
+                                                (None, False, False)])
+def test_a_card_that_torch_cannot_use_is_told(monkeypatch, capsys, tool, usable, said):
+    """A driver that is too old for torch's CUDA: the stages would take the CPU without a word."""
+    monkeypatch.setattr(S.shutil, "which", lambda name: tool)
+    monkeypatch.setattr(S.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    S.warn_of_idle_card()
+    assert ("There is a GPU here" in capsys.readouterr().err) == said
