@@ -43,9 +43,9 @@ def world(args):
         torch.nn.init.normal_(layer.lora_B, 0, 0.02)
     prompts = policy.prompts(*bench.build_inputs(args, args.queries))
     groups, counts = bench.write_answers(policy, prompts, args)
-    totals = np.random.default_rng(0).normal(size=(2, 3))  # FULL once, two REGION
+    rewards = [{"total": total} for total in np.random.default_rng(0).normal(size=(2, 3))]  # FULL once, two REGION
     return SimpleNamespace(policy=policy, prompts=prompts, groups=groups, counts=counts,
-                           advantages=bench.judge(groups, counts, totals))
+                           advantages=bench.judge(groups, counts, rewards, args))
 
 
 def gradients(policy, step):
@@ -85,34 +85,26 @@ def test_repeated_log_probs_are_ours(world):
 
 
 @pytest.mark.parametrize("rows", [4, 1])
-def test_both_updates_have_the_gradients_of_train(world, rows):
-    """So the numbers are those of train.py's step, and the two sides of the comparison do the same."""
+def test_both_updates_have_the_same_gradients(world, rows):
+    """Else the two sides of the comparison would not do the same."""
     policy, part = world.policy, (world.prompts, world.groups)
-    tables = tuple(torch.stack(columns) for columns in zip(*world.advantages))
-    settings = SimpleNamespace(beta=0.0, norm="token", inner_steps=1, micro_tokens=1, max_grad_norm=1.0, temperature=1.0,
-                               clip=0.2, hold=0.0, decode="grammar", queries=2)
-    wanted = gradients(policy, lambda o: train.update(policy, o, *part, tables, settings, ["a", "b"]))
     args = bench.parse_args([*TINY, "--hold", "0"])
-    assert close(gradients(policy, lambda o: bench.update(policy, o, *part, world.advantages, args)), wanted)
+    ours = gradients(policy, lambda o: bench.update(policy, o, *part, world.advantages, args))
     theirs = bench.unpack(*part, world.counts, world.advantages, rows)
     assert max(len(groups[0]) for _, groups, _ in theirs) == rows
-    assert close(gradients(policy, lambda o: bench.repeated_update(policy, o, theirs)), wanted)
+    assert close(gradients(policy, lambda o: bench.repeated_update(policy, o, theirs)), ours)
 
 
-def test_rewards_and_advantages_are_those_of_train(args):
-    scorer, images, actions, counts, full, candidates = bench.reward_inputs(args)
-    totals, passes = bench.rewards_of(scorer, images, actions, full, candidates)
-    data = SimpleNamespace(full=full, candidates=lambda i: candidates[i], labels=[bench.LABELS] * 2)
-    settings = SimpleNamespace(reward_weights=(0.2, 0.2, 0.2, 0.4), eta=1.0, reward="delta", advantage="factored",
-                               decision_weight="uniform", std=True, std_floor=0.05)
-    views = train.score_views(data, scorer, [0, 1], images, actions)
-    wanted = train.reward_groups(data, [0, 1], actions, views, settings)
-    np.testing.assert_allclose(totals, [w["total"] for w in wanted], atol=1e-6)
-    tables = train.judge(actions, counts, wanted, settings)
-    groups = [[SimpleNamespace(action=action) for action in group] for group in actions]
-    for b, rows in enumerate(bench.judge(groups, counts, totals)):
-        assert all(torch.allclose(row, table[b], atol=1e-4) for row, table in zip(rows, tables))
+def test_ours_is_a_step_of_train(args):
+    """Its defaults but for the shape: the numbers are those of train.py."""
+    asked = vars(bench.settings(bench.parse_args([*TINY, "--hold", "0.5"])))
+    assert (asked["queries"], asked["group"], asked["hold"], asked["micro_tokens"]) == (2, 4, 0.5, 8192)
+    changed = {name for name, value in vars(train.parse_args([])).items() if asked[name] != value}
+    assert changed <= {"queries", "group", "hold", "micro_tokens", "beta"}
+    scorer, images, actions, counts, data = bench.reward_inputs(args)
+    rewards, passes = bench.earn(data, scorer, images, actions, args)
     assert passes == 4  # two queries, two boxes each: FULL costs nothing
+    assert [list(earned["total"][:1]) for earned in rewards] == [[0.0]] * 2  # no full image finds the one positive
     assert all(0 <= x1 < x2 <= images[0].width and 0 <= y1 < y2 <= images[0].height
                for group in actions for x1, y1, x2, y2 in (a.box for a in group if a.box))
 

@@ -26,6 +26,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,8 +37,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 import rgrpo
 import train
 from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Action, Draft, Policy, suit_cuda
-from rewards import reward
-from scorer import EvaClip, EvaClipConfig, Preprocess, Scorer, crop, scores, write_json
+from scorer import EvaClip, EvaClipConfig, Preprocess, Scorer, write_json
 from tools.meter import Meter, describe, floor_seconds, measure_peaks, start_case
 from tools.vocabulary import load_tokenizer
 
@@ -227,19 +227,18 @@ def answer_length(policy, args):
     return len(policy.grammar.region_ids((side // 2, side // 2, side - 1, side - 1)))
 
 
-# ---------------------------------------------------------------------------------------------- ours, from the leaves
+# ---------------------------------------------------------------------------------------------- ours: train.py's own step
+
+
+def settings(args):
+    """train.py's arguments, its defaults but for the shape."""
+    return train.parse_args(["--beta", "0", *(word for name in ("queries", "group", "hold", "micro_tokens")
+                                              for word in (f"--{name.replace('_', '-')}", str(getattr(args, name))))])
 
 
 def roll(policy, prompts, args, seed=0):
-    """A decision-balanced group a query, as train.py's default has it: FULL is one answer, written once.
-
-    -> B lists of Completion, B lists of how many rollouts each stands for.
-    """
-    full = rgrpo.plan(args.group, "force").count("FULL")
-    boxes = args.group - full
-    groups = policy.rollout(prompts, [["FULL"] + ["REGION"] * boxes] * len(prompts),
-                            seeds=[(seed, b) for b in range(len(prompts))])
-    return groups, [[full] + [1] * boxes] * len(prompts)
+    """-> B lists of Completion, B lists of how many rollouts each stands for: FULL is one answer, written once."""
+    return train.sample_groups(policy, prompts, [(seed, b) for b in range(len(prompts))], settings(args))
 
 
 def write_answers(policy, prompts, args):
@@ -258,35 +257,31 @@ def write_answers(policy, prompts, args):
     return groups, [[full] + [1] * (args.group - full)] * len(prompts)
 
 
-def rewards_of(scorer, images, groups, full, candidates):
-    """Rewards by our way (Eq. 5-8): full [B, D] and candidates [B, K, D] are known, crops are encoded once a box.
-
-    groups: B lists of actions. -> B arrays [n], number of images encoded.
-    """
-    boxes = list(dict.fromkeys((b, a.box) for b, group in enumerate(groups) for a in group if a.box))
-    known = dict(zip(boxes, scorer.image_features([crop(images[b], box) for b, box in boxes])))
-    totals = []
-    for b, group in enumerate(groups):
-        seen = scores(np.stack([known.get((b, a.box), full[b]) for a in group]), candidates[b])         # [n, K]
-        totals.append(reward([a.decision for a in group], seen, scores(full[b], candidates[b]), LABELS)["total"])
-    return totals, len(boxes)
+def build_pools(count, dim):
+    """What prepare.py would have embedded, random: full images, candidates and labels of `count` queries."""
+    features = np.random.default_rng(0).normal(size=(count, 1 + K, dim)).astype(np.float32)             # [B, 1 + K, D]
+    return SimpleNamespace(full=features[:, 0], candidates=lambda b: features[b, 1:], labels=[LABELS] * count)
 
 
-def judge(groups, counts, totals):
-    """Advantages and weights of each completion, train.py's default: B tuples (decision [n], box [n], weight [n])."""
-    weight = torch.tensor(counts, dtype=torch.float32)                                                  # [B, n]
-    decision = torch.tensor([[rgrpo.CODES[c.action.decision] for c in group] for group in groups])      # [B, n]
-    pair = rgrpo.advantages(torch.as_tensor(np.stack(totals)), decision, weights=weight)
-    return list(zip(*pair, weight))
+def earn(data, scorer, images, actions, args):
+    """Rewards by our way (Eq. 5-8), each box encoded once: B dicts of arrays [n], number of images encoded."""
+    rows = range(len(images))
+    views = train.score_views(data, scorer, rows, images, actions)
+    boxes = {(b, action.box) for b, group in enumerate(actions) for action in group if action.box}
+    return train.reward_groups(data, rows, actions, views, settings(args)), len(boxes)
+
+
+def judge(groups, counts, rewards, args):
+    """Advantages of decision and box, and weights: [B, n] each."""
+    return train.judge([[c.action for c in group] for group in groups], counts, rewards, settings(args))
 
 
 def update(policy, optimizer, prompts, groups, advantages, args):
-    """One optimiser step of train.py."""
-    settings = argparse.Namespace(
-        beta=0.0, hold=args.hold, decode="grammar", norm="token", inner_steps=1, max_grad_norm=1.0, temperature=1.0,
-        clip=0.2, queries=len(prompts), micro_tokens=args.micro_tokens)
-    tables = tuple(map(torch.stack, zip(*advantages)))                                                  # [B, n] each
-    train.update(policy, optimizer, prompts, groups, tables, settings, list(range(len(prompts))))
+    """One optimiser step."""
+    train.update(policy, optimizer, prompts, groups, advantages, settings(args), list(range(len(prompts))))
+
+
+# ---------------------------------------------------------------------------------------------- the repeated way
 
 
 def repeated_update(policy, optimizer, pieces):
@@ -307,9 +302,6 @@ def repeated_update(policy, optimizer, pieces):
     optimizer.step()
 
 
-# ---------------------------------------------------------------------------------------------- the repeated way
-
-
 def repeat(groups, counts):
     """Groups with every rollout there: what counts n times is n rows."""
     return [[c for c, n in zip(group, ns) for _ in range(n)] for group, ns in zip(groups, counts)]
@@ -318,7 +310,7 @@ def repeat(groups, counts):
 def unpack(prompts, groups, counts, advantages, rows):
     """Pieces for the repeated update: at most `rows` completions of one query a backward pass."""
     pieces = []
-    for prompt, group, ns, pair in zip(prompts, repeat(groups, counts), counts, advantages):
+    for prompt, group, ns, pair in zip(prompts, repeat(groups, counts), counts, zip(*advantages)):
         # In `group` an answer that stands for n rollouts was repeated n times: each of those rows has weight 1.
         decision, box, _ = (a.repeat_interleave(torch.tensor(ns)) for a in pair)                        # [N] each
         for s in range(0, len(group), rows):
@@ -411,9 +403,9 @@ def update_inputs(args):
     policy = build_policy(args)
     prompts = policy.prompts(*build_inputs(args, args.queries))
     groups, counts = write_answers(policy, prompts, args)
-    totals = np.random.default_rng(0).normal(size=(len(groups), len(groups[0])))                        # [B, n]
+    rewards = [{"total": total} for total in np.random.default_rng(0).normal(size=(len(groups), len(groups[0])))]
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=1e-4)
-    return policy, optimizer, prompts, groups, counts, judge(groups, counts, totals)
+    return policy, optimizer, prompts, groups, counts, judge(groups, counts, rewards, args)
 
 
 def case_update(args, meter):
@@ -467,8 +459,7 @@ def halving(rows, run):
 
 
 def reward_inputs(args):
-    """Scorer, images, B lists of actions, their counts, and what prepare.py would have embedded: full [B, D],
-    candidates [B, K, D]. The boxes are random: the policy has no part in this case."""
+    """Scorer, images, B lists of actions, their counts and pools. The boxes are random: the policy has no part here."""
     scorer, images = build_scorer(args), build_inputs(args, args.queries)[0]
     draw, full = np.random.default_rng(0), rgrpo.plan(args.group, "force").count("FULL")
     groups = []
@@ -477,17 +468,17 @@ def reward_inputs(args):
         y = np.sort(draw.choice(image.height, (args.group - full, 2)) // 2 * 2)                         # [n, 2]
         boxes = [(float(a), float(b), float(c) + 1, float(d) + 1) for (a, c), (b, d) in zip(x, y)]
         groups.append([Action("FULL", None, None, "")] + [Action("REGION", box, None, "") for box in boxes])
-    features = draw.normal(size=(len(images), 1 + K, scorer.dim)).astype(np.float32)                    # [B, 1 + K, D]
-    return scorer, images, groups, [[full] + [1] * (args.group - full)] * len(images), features[:, 0], features[:, 1:]
+    counts = [[full] + [1] * (args.group - full)] * len(images)
+    return scorer, images, groups, counts, build_pools(len(images), scorer.dim)
 
 
 def case_reward(args, meter):
     """Ours: one pass for every different box."""
-    scorer, images, groups, _, full, candidates = reward_inputs(args)
+    scorer, images, groups, _, data = reward_inputs(args)
     meter.ready(scorer.model.visual)
     for _ in range(meter.turns):
         with meter.measure("reward"):
-            _, passes = rewards_of(scorer, images, groups, full, candidates)
+            _, passes = earn(data, scorer, images, groups, args)
     meter.counts = {"image_passes": passes}
 
 
@@ -520,16 +511,15 @@ def case_step(args, meter):
     """A whole step of ours: prompts from images and questions, rollout, reward, advantage, update."""
     policy, scorer = build_policy(args), build_scorer(args)
     images, questions = build_inputs(args, args.queries)
-    features = np.random.default_rng(0).normal(size=(len(images), 1 + K, scorer.dim)).astype(np.float32)
+    data = build_pools(len(images), scorer.dim)
     optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=1e-4)
     meter.ready(*towers_of(policy), scorer.model.visual)
     for i in range(meter.turns):
         with meter.measure("step"):
             prompts = policy.prompts(images, questions)
             groups, counts = roll(policy, prompts, args, i)
-            actions = [[c.action for c in group] for group in groups]
-            totals, passes = rewards_of(scorer, images, actions, features[:, 0], features[:, 1:])
-            update(policy, optimizer, prompts, groups, judge(groups, counts, totals), args)
+            rewards, passes = earn(data, scorer, images, [[c.action for c in group] for group in groups], args)
+            update(policy, optimizer, prompts, groups, judge(groups, counts, rewards, args), args)
     meter.counts = {"scorer_passes": passes, "policy_parameters": policy.model.num_parameters(),
                     "scorer_parameters": sum(p.numel() for p in scorer.model.parameters()),
                     "lora_parameters": sum(p.numel() for p in policy.lora_parameters())}

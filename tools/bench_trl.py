@@ -26,7 +26,7 @@ from tools import bench
 
 
 def case_reward_release(args, meter):
-    scorer, images, groups, counts, full, _ = bench.reward_inputs(args)
+    scorer, images, groups, counts, data = bench.reward_inputs(args)
     pool = bench.noise(bench.K, 336, 336)
     meter.ready(scorer.model.visual)
     for _ in range(meter.turns):
@@ -37,7 +37,7 @@ def case_reward_release(args, meter):
                     view = crop(images[b], action.box) if action.box else images[b]
                     features = scorer.image_features([view, *pool])                                     # [1 + K, D]
                     reward([action.decision], scores(features[:1], features[1:]),
-                           scores(full[b], features[1:]), bench.LABELS)
+                           scores(data.full[b], features[1:]), bench.LABELS)
                     passes += 1 + bench.K
     meter.counts = {"image_passes": passes}
 
