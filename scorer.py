@@ -51,8 +51,8 @@ def warn_of_idle_card():
     """Say so where there is a card that PyTorch cannot use: the stages would run on the CPU without a word."""
     if not torch.cuda.is_available() and (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
         print(f"There is a GPU here, but torch {torch.__version__} cannot use it, so this runs on the CPU. Most often "
-              f"the driver is older than CUDA {torch.version.cuda}: renew it, or install a torch for the driver's CUDA and "
-              "use that environment (make PY=python READY=).", file=sys.stderr)
+              f"the driver is older than CUDA {torch.version.cuda}: renew it, or install a torch for the driver's CUDA "
+              "and use that environment (make PY=python READY=).", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- Eq. 1 to 4
