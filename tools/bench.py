@@ -227,7 +227,7 @@ def answer_length(policy, args):
     return len(policy.grammar.region_ids((side // 2, side // 2, side - 1, side - 1)))
 
 
-# ---------------------------------------------------------------------------------------------- ours: train.py's own step
+# -------------------------------------------------------------------------------------------- ours: train.py's own step
 
 
 def settings(args):
