@@ -26,8 +26,8 @@ def original(p):
         if name.startswith("visual.patch_embed."):
             name = name.replace("patch_embed.", "patch_embed.proj.")
         elif name.startswith("text.blocks."):
-            for a, b in (("text.blocks", "text.transformer.resblocks"), (".norm", ".ln_"), (".attn.proj", ".attn.out_proj"),
-                         (".attn.qkv.", ".attn.in_proj_"), (".fc1", ".c_fc"), (".fc2", ".c_proj")):
+            for a, b in (("text.blocks", "text.transformer.resblocks"), (".norm", ".ln_"), (".fc1", ".c_fc"),
+                         (".attn.proj", ".attn.out_proj"), (".attn.qkv.", ".attn.in_proj_"), (".fc2", ".c_proj")):
                 name = name.replace(a, b)
         out[name] = tensor
     return out
@@ -56,8 +56,8 @@ def hugging_face(p):
             for part, rows in zip("qkv", tensor.chunk(3)):
                 out[f"{start}self_attn.{part}_proj.{kind}"] = rows.clone()
         else:
-            theirs = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}.get(module, module)
-            out[f"{start}{theirs}.{kind}"] = tensor
+            theirs = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
+            out[f"{start}{theirs.get(module, module)}.{kind}"] = tensor
     return out
 
 
@@ -156,7 +156,8 @@ def test_every_form_gives_the_plain_features(tmp_path, truth, form, config):
     assert model.config == config and not model.training
     for name, tensor in model.named_parameters():  # no tensor is a view of a file that may change
         assert torch.equal(tensor, p[name]) or (name == "logit_scale" and form.startswith("hf")), name
-    assert model.logit_scale.item() == pytest.approx(math.log(100) if form in ("hf", "hf sharded", "hf sharded bin") else p["logit_scale"].item())
+    scale = math.log(100) if form in ("hf", "hf sharded", "hf sharded bin") else p["logit_scale"].item()
+    assert model.logit_scale.item() == pytest.approx(scale)
     for got, want in ((model.encode_image(pixels), images), (model.encode_text(ids), texts)):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 

@@ -238,8 +238,8 @@ def test_the_next_step_is_opened_while_one_runs(tiny, tmp_path, monkeypatch):  #
 
 
 def test_largest_row_is_stepped_first_and_changes_nothing(home, monkeypatch):
-    """As many queries as a step has, the longest question, an image of the policy's cap; one of them is stepped, and what
-    that takes says how many tokens a pass may have: 4/5 of 1 GiB at 1 MiB for the tokens of one query."""
+    """As many queries as a step has, the longest question, an image of the policy's cap; one of them is stepped, and
+    what that takes says how many tokens a pass may have: 4/5 of 1 GiB at 1 MiB for the tokens of one query."""
     data, asked, passed = load_data(str(home / "data"), "train"), [], []
     args = train.parse_args(flags(home, "run", "cuda", "--dropout", "0.1", "--targets", "all", "--queries", "3",
                                   *EXACT))
@@ -268,7 +268,8 @@ def test_largest_row_is_stepped_first_and_changes_nothing(home, monkeypatch):
     assert train.try_largest(policy, data, args) == 8192
 
 
-@pytest.mark.parametrize("owner, name, more", [(train, "backward", ()), (torch.optim.AdamW, "load_state_dict", ("--resume",))])
+@pytest.mark.parametrize("owner, name, more", [
+    (train, "backward", ()), (torch.optim.AdamW, "load_state_dict", ("--resume",))])
 def test_card_without_room_says_what_helps(tiny, tmp_path, monkeypatch, owner, name, more):  # noqa: F811
     """Before step 0, where nothing is written yet; a sound state.pt is not blamed for it."""
     def full(*_, **__):
@@ -361,7 +362,8 @@ def test_what_is_set_for_a_card_alone(home, monkeypatch):
         assert all(isinstance(pixels, Card) and pixels.dtype == torch.bfloat16 for pixels in seen)
         policy.add_lora(targets="all")
         policy.log_probs(prompts, groups)
-        assert all(prompt.pixel_values is pixels for prompt, pixels in zip(prompts, seen, strict=True))  # no second copy
+        # No second copy.
+        assert all(prompt.pixel_values is pixels for prompt, pixels in zip(prompts, seen, strict=True))
     # What PyTorch's memory-efficient attention takes as it is: every stride but the last a multiple of 8.
     assert len(masks) > 3 and all(stride % 8 == 0 for mask in masks for stride in mask.stride()[:-1])
     assert any(mask.shape[-1] % 8 for mask in masks) and {mask.stride(-1) for mask in masks} == {1}

@@ -199,8 +199,9 @@ def test_damaged_raw_files(root, scorer, dataset, make, names):  # noqa: F811
 def home(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fuzz")
-    init_weights(EvaClip(EvaClipConfig(embed_dim=8, image_size=28, width=16, layers=1, head_width=8, context=8, vocab=600,
-                                       text_width=8, text_heads=2, text_layers=1))).save(folder / "scorer")
+    config = EvaClipConfig(embed_dim=8, image_size=28, width=16, layers=1, head_width=8, context=8, vocab=600,
+                           text_width=8, text_heads=2, text_layers=1)
+    init_weights(EvaClip(config)).save(folder / "scorer")
     build_data(folder, load_scorer(str(folder / "scorer")))
     return folder
 

@@ -496,7 +496,8 @@ def write_data(folder, **changes):
                         ("kb_text", np.array([[0, 4], [0, 0], [0, 2]], np.float16)),
                         ("kb_entity", np.array([0, 1, 2, 2], np.int32))):
         S.write_array(os.path.join(folder, f"{name}.npy"), array)
-    queries = [S.Query(f"q{i}", changes.pop("image", "img/a.png"), "What is \u201cthis\u201d?", ["u0"]) for i in range(2)]
+    queries = [S.Query(f"q{i}", changes.pop("image", "img/a.png"), "What is \u201cthis\u201d?", ["u0"])
+               for i in range(2)]
     arrays = dict(pool=[[2, 0, 1]] * 2, pool_image=[[3, 0, 1]] * 2, labels=[[0, 1, 0]] * 2,
                   retrieval=[[0.9, 0.5, 0.25]] * 2, full=[[1, 0]] * 2)
     S.write_split(folder, "val", queries, **{**arrays, **{k: v for k, v in changes.items() if k in arrays}})
@@ -615,11 +616,11 @@ def test_open_image_names_file_and_line(tmp_path):
 def test_many_queries_open_in_little_memory(tmp_path):
     """[Q, K] arrays stay on disk, lines are not parsed: some 8 bytes a query, where a row of dicts has 3,500."""
     folder, Q = write_data(str(tmp_path / "data")), 100_000
-    line = json.dumps({"query_id": "q%07d", "image": "img/a.png", "question": "What is this beetle?", "positives": ["u0"]})
+    line = json.dumps({"query_id": "q%07d", "image": "img/a.png", "question": "What is this?", "positives": ["u0"]})
     with open(os.path.join(folder, "val.jsonl"), "w") as file:
         file.writelines(line % i + "\n" for i in range(Q))
-    for name, row in (("pool", [2, 0, 1]), ("pool_image", [3, 0, 1]), ("labels", [0, 1, 0]), ("retrieval", [.9, .5, .2]),
-                      ("full", [1, 0])):
+    for name, row in (("pool", [2, 0, 1]), ("pool_image", [3, 0, 1]), ("labels", [0, 1, 0]), ("full", [1, 0]),
+                      ("retrieval", [.9, .5, .2])):
         S.write_array(os.path.join(folder, f"val_{name}.npy"), np.tile(np.array(row, S.ARRAYS[name]), (Q, 1)))
     tracemalloc.start()
     data = S.load_data(folder, "val")
@@ -644,7 +645,8 @@ def test_trec_round_trip(tmp_path):
     assert S.read_trec(tmp_path / "b.trec") == {"q": ["c", "a", "b"]}  # by score, then by rank
 
 
-@pytest.mark.parametrize("line", ["q Q0 a 1 nan t", "q Q0 a 1 0.5", "q Q0 a one 0.5 t", "q Q0 a b 1 0.5 t", "\xff\xfe Q0"])
+@pytest.mark.parametrize("line", [
+    "q Q0 a 1 nan t", "q Q0 a 1 0.5", "q Q0 a one 0.5 t", "q Q0 a b 1 0.5 t", "\xff\xfe Q0"])
 def test_bad_trec_lines(tmp_path, line):
     (tmp_path / "a.trec").write_bytes(b"q Q0 a 1 0.5 t\n" + line.encode("latin-1") + b"\n")
     with pytest.raises(S.InputError, match=r"a.trec:2: expected `query Q0 entity rank score tag`"):
@@ -674,8 +676,8 @@ def test_a_disk_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys)
     assert "cannot be locked" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tool, usable, said", [("/usr/bin/nvidia-smi", False, True), ("/usr/bin/nvidia-smi", True, False),
-                                                (None, False, False)])
+@pytest.mark.parametrize("tool, usable, said", [
+    ("/usr/bin/nvidia-smi", False, True), ("/usr/bin/nvidia-smi", True, False), (None, False, False)])
 def test_a_card_that_torch_cannot_use_is_told(monkeypatch, capsys, tool, usable, said):
     """A driver that is too old for torch's CUDA: the stages would take the CPU without a word."""
     monkeypatch.setattr(S.shutil, "which", lambda name: tool)

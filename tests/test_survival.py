@@ -27,7 +27,7 @@ import train
 from policy import Action
 from scorer import InputError, hold, load_data, load_scorer
 from test_checkpoints import Evil
-from test_train import ADAPTER, flags, forked, home, read_log, refused, untimed, weights  # noqa: F401 (home is a fixture)
+from test_train import ADAPTER, flags, forked, home, read_log, refused, untimed, weights  # noqa: F401 (a fixture: home)
 
 STEPS, EVERY = 6, 2  # steps of a run, and between two states
 
@@ -127,13 +127,13 @@ def same_run(run, other):
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
-# os.replace, in order: config.json; adapter_config.json and adapter_model.safetensors of adapter_best/, of the policy
-# before training; after steps 2, 4 and 6 the two of adapter/ and state.pt. What follows rename n is what precedes n + 1.
+# os.replace, in order: config.json; adapter_config.json and adapter_model.safetensors of adapter_best/, the policy
+# before training; after steps 2, 4 and 6 the two of adapter/ and state.pt. What follows one rename precedes the next.
 KILLS = {
     **{f"before rename {n}": at(os, "replace", n) for n in range(1, 13)},
     "after the last rename": at(os, "replace", 12, nothing, die),
     **{f"half of state {n}": at(Path, "write_bytes", n, half_a_file) for n in (1, 2)},
-    # The first is of step -1; then two a step, log and samples: 6 and 7 are of the third step, whose state is not saved.
+    # The first is of step -1, then two a step, log and samples: 6 and 7 are the third step's, whose state is not saved.
     **{f"half a line {n}": at(train, "append", n, half_a_line) for n in (1, 2, 6, 7)},
     **{f"between log and samples {n}": at(train, "append", 2 * n + 1) for n in (1, 4)},
     "before a reward": at(train, "reward_groups", 6),

@@ -433,19 +433,18 @@ def test_clutter_needs_a_second_category(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- interrupted
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interrupted_build_leaves_no_folder(monkeypatch, tmp_path, error):
+def test_interrupted_build_leaves_no_folder(monkeypatch, tmp_path):
     """Stopped after all images are drawn: no folder is left, and one from before stays as it was."""
     small = [*SIZE[:4], "--images", "1", "--train", "2", "--val", "1", "--test", "1", "--workers", "1"]
 
     def stop(*_):
-        raise error("stopped")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(world, "write_tables", stop)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "train.csv").write_text("as it was")
     for name in ("new", "old"):
-        with pytest.raises(error):
+        with pytest.raises(KeyboardInterrupt):
             world.build(world.parse_args(["--out", str(tmp_path / name), *small]))
     assert digests(tmp_path) == {"old/train.csv": hashlib.sha256(b"as it was").hexdigest()}
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
