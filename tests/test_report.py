@@ -102,7 +102,8 @@ def write_run(folder, queries, name="a run & more"):
         "methods": dict.fromkeys(m for m in found if m.isalpha() and m != "truth")})
     write_json(str(run / "config.json"), {"policy": "mini/policy", "args": {
         "seed": 0, "balance": "force", "queries": 16, "reward_weights": [.2, .2, .2, .4]}})
-    write_rows(run / "log.jsonl", [{"step": i, "reward": i / 30, "reward_full": .5, "reward_region": .1, "p_region": .4,
+    before = {"step": -1, "val_mrr": .25, "val_cond_r1": .3, "val_crop_rate": .1}  # the policy before training
+    write_rows(run / "log.jsonl", [before] + [{"step": i, "reward": i / 30, "reward_full": .5, "reward_region": .1, "p_region": .4,
                                     "kl": 0.0, "grad_norm": 1.0, **({"val_mrr": .5} if i % 10 == 9 else {})}
                                    for i in range(30)])
     return run
@@ -552,9 +553,9 @@ def written(world, tmp_path_factory):
 
 def test_page_is_whole(written):
     out, page, reader = written
-    assert reader.open == [] and set(reader.values("id")) == {
-        "claims", "table1", "table2", "tests", "table3", "table4", "kinds", "curve", "extensions", "table5", "figure2",
-        "table6", "table7", "table8", "table9", "training", "pools", "run"}
+    assert reader.open == [] and reader.values("id") == [  # what catches the eye comes right under the headline
+        "curve", "table3", "claims", "table1", "table2", "tests", "table4", "kinds", "extensions", "table5", "figure2",
+        "table6", "table7", "table8", "table9", "training", "pools", "run"]
     assert set(reader.values("href")) == {f"#{name}" for name in reader.values("id")}
     for address, words in zip(reader.values("src"), reader.values("alt"), strict=True):
         head, _, content = address.partition(";base64,")  # in the page, can be decoded, and says what it shows
@@ -569,6 +570,61 @@ def test_page_is_whole(written):
     evaluation, training = text[text.index("Evaluation: metrics.json"):].split("Training: config.json")
     assert "".join(evaluation.split("queries")[1].split()).startswith(str(Q))
     assert "".join(training.split("queries")[1].split()).startswith("16")
+
+
+def test_what_few_want_is_folded(written):
+    """The paired tests, the kinds, Table 9 and all but the first query of each kind; no picture is on the page twice."""
+    _, page, reader = written
+    parts = dict(part.split('"', 1) for part in page.split('<section id="')[1:])
+    assert [name for name, part in parts.items() if "<details>" in part] == ["tests", "kinds", "table9", "run"]
+    for name in ("tests", "kinds", "table9", "run"):  # no table but in what a click opens
+        assert parts[name].index("<details>") < parts[name].index("<table")
+    made = [plots.Case(group, f"q{k}", "", []) for k, group in enumerate("aabbbc")]
+    found = report.split_cases(made)
+    assert [[case.words for case in found[part]] for part in ("cases", "more")] == [["q0", "q2", "q5"],
+                                                                                   ["q1", "q3", "q4"]]
+    assert report.split_cases([]) == {"cases": [], "more": []}
+
+
+def test_a_picture_is_shown_once(world):
+    """The first before, the first after and the positive are often one entity: it has one picture and both scores."""
+    run = report.open_run(report.parse_args(["--run", str(world[2]), "--resamples", "100"]))
+    data = report.open_data(run)
+    for i in range(Q):
+        captions = [caption for caption, _ in plots.case(run, data, i, "").views if "(right)" in caption
+                    or "(wrong)" in caption]
+        assert len(captions) == len(set(plots.places(run, i)))
+        assert [caption.startswith("first before") for caption in captions] == [True] + [False] * (len(captions) - 1)
+        full, row = (run.rows[name][i] for name in ("full", "policy"))
+        k = plots.places(run, i)[0]
+        score = f"{full['scores'][k]:.3f}" + ("" if row["decision"] == "FULL" else f" → {row['scores'][k]:.3f}")
+        assert captions[0].endswith(score)
+        same = len(set(plots.places(run, i)[:2])) == 1
+        assert captions[0].startswith("first before and after (" if same else "first before (")
+        assert same or captions[1].startswith("first after (")
+    shown = {case.soft for case in plots.pools(run, data, 30)}
+    assert shown and not shown & {data.queries[i].query_id for _, rows in plots.pick(run, 30) for i in rows}
+
+
+def test_validation_is_drawn_from_step_0(monkeypatch):
+    """Step -1 of the log is the policy before training: x = 0. Step 9's validation came after 10 steps: x = 10."""
+    run, lines = run_of(paper_like()), {}
+    run.log = [{"step": -1, "val_mrr": .2}, *({"step": k, "reward": k, **({"val_mrr": .5} if k == 9 else {})}
+                                              for k in range(10))]
+    monkeypatch.setattr(plots, "drawn", lambda figure, name, caption, legend: lines.update(
+        {name: [line.get_xdata().tolist() for line in figure.axes[0].lines]}))
+    plots.training_plots(run)
+    assert lines == {"training_validation": [[0, 10]], "training_reward": [list(range(1, 11))]}
+
+
+def test_the_page_fits_a_phone_and_the_night(written):
+    page = written[1]
+    style = page[page.index("<style>"):page.index("</style>")]
+    dark = style[style.index("prefers-color-scheme: dark"):style.index("* { box-sizing")]
+    assert ".plots img { filter: invert(1)" in dark
+    assert "td:first-child { position: sticky; left: 0;" in style and "#fff;" not in style.replace("#ffffff", "")
+    wide = page.count('<p class="soft hint">')
+    assert wide == sum(part[:part.index("</thead>")].count("<th>") > 4 for part in page.split("<table ")[1:])
 
 
 def test_page_runs_and_loads_nothing(written):

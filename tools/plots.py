@@ -20,7 +20,7 @@ PANELS = (  # name, title, y label, ((field of log.jsonl, label, colour), ...), 
                                     ("reward", "all rollouts", BLUE)),
      "Mean reward of a step's rollouts, and of each decision's."),
     ("validation", "Validation", "", (("val_cond_r1", "CondR@1", BLUE), ("val_mrr", "MRR", ORANGE)),
-     "Greedy decoding on the validation split."),
+     "Greedy decoding on the validation split; step 0 is the policy before training."),
     ("cropping", "How often it crops", "share", (("p_region", "p(REGION), training", BLUE),
                                                  ("val_crop_rate", "crop rate, validation", ORANGE)),
      "A policy that drifts to 0 or 1 has stopped deciding."),
@@ -140,12 +140,15 @@ def curve_plots(run, label):
 
 
 def training_plots(run):
-    """Curves of log.jsonl, smoothed over a window of a twelfth of the run with the raw steps behind."""
+    """Curves of log.jsonl, smoothed over a window of a twelfth of the run with the raw steps behind.
+
+    Step k of the log is drawn at k + 1, after which its validation came; at 0 stands the policy before training.
+    """
     plots, window = [], max(1, len(run.log) // 12)
     for name, title, ylabel, lines, caption in PANELS:
         figure, axes = canvas(title, "step", ylabel)
         for key, text, colour in lines:
-            points = [(row["step"], row[key]) for row in run.log if row.get(key) is not None]
+            points = [(row["step"] + 1, row[key]) for row in run.log if row.get(key) is not None]
             x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
             # Values of every step are smoothed; the few of a validation are shown as they are.
             if len(points) > len(run.log) // 2 and window > 1:
@@ -241,10 +244,14 @@ def case(run, data, i, group):
         if always and always[i]["box"]:
             views.append((f"the crop it did not take: rank {run.study.values['always']['rank'][i]:.0f}",
                           crop(image, always[i]["box"])))
-    for what, k, found in zip(("first before", "first after", "positive"), places(run, i),
-                              (full["scores"], row["scores"], row["scores"])):
+    first_before, first_after, positive = places(run, i)
+    roles = {first_before: ["first before"]}  # of a place in the pool: one picture each, however many it plays
+    roles.setdefault(first_after, []).append("after" if first_after == first_before else "first after")
+    roles.setdefault(positive, ["best positive"])
+    for k, words in roles.items():
         sign = "right" if row["labels"][k] else "wrong"
-        views.append((f"{what} ({sign}): {title_of(data, i, k)}, {found[k]:.3f}", candidate(data, i, k)))
+        score = " → ".join(dict.fromkeys(f"{found['scores'][k]:.3f}" for found in (full, row)))
+        views.append((f"{' and '.join(words)} ({sign}): {title_of(data, i, k)}, {score}", candidate(data, i, k)))
     sure = "" if row.get("p_region") is None else f", p(REGION) {row['p_region']:.2f}"
     ranks = " → ".join(f"{run.study.values[name]['rank'][i]:.0f}" for name in ("full", "policy"))
     return Case(group, row["question"], f"{row['decision']}{sure}, rank {ranks} · {row['query_id']}", views)
@@ -252,7 +259,8 @@ def case(run, data, i, group):
 
 def pools(run, data, count, negatives=4):
     """What the pools hold, of Case: a query, its positive, and the negatives that the full image ranks first."""
-    held = np.flatnonzero(~np.isnan(run.study.values["full"]["CondR@1"]))
+    seen = {i for _, chosen in pick(run, count) for i in chosen}  # in `cases`: nobody wants to see them twice
+    held = [i for i in np.flatnonzero(~np.isnan(run.study.values["full"]["CondR@1"])) if i not in seen]
     return [safely(lambda i=i: pool(data, i, negatives), "", data.queries[i].query_id) for i in spread(held, count)]
 
 

@@ -453,8 +453,8 @@ def cost_table(run):
     return Table("table9", "Table 9. Cost of inference, random weights",
                  ["bench", "machine", "image tokens", "answer", "batch", "s a query", "queries/s", "peak MB"], rows,
                  "From tools/bench.py: random weights in the shape of the named model; the machine is the bench's, not "
-                 "this page's. FULL ends at the decision; grammar and free write a box "
-                 "of as many tokens.")
+                 "this page's, peak MB of its card, on a CPU of the process. FULL ends at the decision; grammar and "
+                 "free write a box, both with the same number of tokens.")
 
 
 def query_table(run, data):
@@ -493,10 +493,11 @@ def as_csv(rows, full):
 # ----------------------------------------------------------------------------------------------------------- the page
 
 SECTIONS = {  # anchor: title, "" for that of the table of this name; plots whose names begin so stand there too
-    "claims": "", "table1": "", "table2": "", "tests": "Paired tests", "table3": "Table 3. Queries before and after",
-    "table4": "Table 4. Does it crop when it should?", "kinds": "", "curve": "Operating curve", "extensions": "",
+    "curve": "Operating curve", "table3": "Table 3. Queries before and after", "claims": "", "table1": "", "table2": "",
+    "tests": "Paired tests", "table4": "Table 4. Does it crop when it should?", "kinds": "", "extensions": "",
     "table5": "", "figure2": "Figure 2. Margin before and after", "table6": "", "table7": "", "table8": "",
     "table9": "", "training": "Training", "pools": "Pools", "run": "Run"}
+FOLDED = ("tests", "kinds", "table9")  # long tables that few readers want: a click opens them
 
 
 def headline(run, found):
@@ -524,15 +525,22 @@ def fact_table(name, title, facts):
     return Table(name, title, ["argument", "value"], rows, "", wordy=True)
 
 
+def split_cases(cases):
+    """The first case of each group is seen at once, the others are folded."""
+    first = [k for k, case in enumerate(cases) if k == 0 or case.group != cases[k - 1].group]
+    return {"cases": [cases[k] for k in first], "more": [case for k, case in enumerate(cases) if k not in first]}
+
+
 def page(run, tables, drawn, cases, found):
     """The whole report as one HTML file without scripts and without anything to load. cases: {section: [Case]}."""
     named, args = {table.name: table for table in tables}, run.config.get("args", {})
     trained = {key: value for key, value in run.config.items() if key != "args"} | args
     folded = {"run": [fact_table("evaluation", "Evaluation: metrics.json", run.metrics),
-                      fact_table("training", "Training: config.json", trained)]}
-    sections = [{"name": name, "title": title or named[name].title, "cases": cases.get(name, []),
-                 "table": None if cases.get(name) else named.get(name), "folded": folded.get(name, []),
-                 "plots": [plot for plot in drawn if plot.name.startswith(name)]}
+                      fact_table("training", "Training: config.json", trained)],
+              **{name: [named[name]] for name in FOLDED if name in named}}
+    sections = [{"name": name, "title": title or named[name].title, **split_cases(cases.get(name, [])),
+                 "table": None if cases.get(name) or name in folded else named.get(name),
+                 "folded": folded.get(name, []), "plots": [plot for plot in drawn if plot.name.startswith(name)]}
                 for name, title in SECTIONS.items() if title or name in named]
     # Undefined names stop it, so the template cannot show an empty place for what it no longer gets.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
