@@ -227,6 +227,19 @@ def test_first_visit(page, size):
     healthy(browser)
 
 
+def test_first_example_and_the_text_of_the_winner(page, server):  # noqa: F811
+    """The page opens with the example that the server names. A text stays text, without the title that it begins with."""
+    entity, server.demo.first = server.demo.data.entity, 1
+    server.demo.data.entity = lambda j: {**entity(j), "text": f"{entity(j)['title']}\n<i>{'long ' * 200}</i>"}
+    browser = page()
+    assert browser.js("query.example") == 1
+    browser.click("#ask")
+    browser.wait(RESULT)
+    said = browser.text("#words")
+    assert said.startswith("<i>long long") and said.endswith("...") and len(said) <= 604
+    healthy(browser)
+
+
 def test_what_a_finger_hits(page):
     browser = page(size=PHONE)
     small = ("[...document.querySelectorAll('button, select, textarea, .drop')].filter(e => e.offsetParent)"
@@ -269,15 +282,15 @@ def test_answer_is_labelled_by_what_was_asked(page):
     browser.enter(5)
     browser.click("#ask")
     browser.click("#ask")
-    browser.js("force.value = 'FULL'; question.value = 'another, 1'")
+    browser.js("force.value = ''; question.value = 'another, 1'")
     page.gate.set()
     browser.wait(RESULT)
     assert len(page.asked) == 1 and page.asked[0]["force"] == "REGION"
     assert browser.text("#chosen") == "After: the forced REGION" and browser.text("#detail").startswith("forced;")
     assert browser.js("document.activeElement.id") == "ask"  # not lost to the body
     browser.click("#ask")  # and the next one is asked
-    browser.wait(f"{RESULT} && chosen.textContent == 'After: unchanged'")
-    assert [(asked["force"], asked["question"]) for asked in page.asked[1:]] == [("FULL", "another, 1")]
+    browser.wait(f"{RESULT} && chosen.textContent == 'After: what the policy chose'")
+    assert [(asked["force"], asked["question"]) for asked in page.asked[1:]] == [(None, "another, 1")]
     healthy(browser)
 
 
@@ -344,6 +357,21 @@ def test_drop_of_several_pictures(page, tmp_path):
     browser.click("#prepared")
     assert browser.js("own === null && prepared.hidden && query === null && pictures.hidden")
     assert browser.js("document.querySelectorAll('#strip button').length") == 4
+    healthy(browser)
+
+
+def test_many_and_large_pictures(page, tmp_path):
+    """A candidate is sent small, of more than 100 the first 100; a single picture as large as a query may be."""
+    for i in range(102):
+        Image.new("RGB", (2000, 100) if i == 0 else (8, 8)).save(tmp_path / f"{i:03}.png")
+    browser = page()
+    browser.choose("#file", *sorted(tmp_path.glob("*.png")))
+    browser.wait("own !== null && $('status').textContent.includes('candidates now')")
+    assert browser.js("own.length") == 100 and "The first 100 were taken" in browser.text("#status")
+    browser.click("#strip [data-example='0']")
+    browser.wait("picture.naturalWidth == 512")
+    browser.choose("#file", tmp_path / "000.png")
+    browser.wait("picture.naturalWidth == 1600")
     healthy(browser)
 
 

@@ -253,6 +253,10 @@ def test_what_is_kept_of_a_request_is_limited(server, monkeypatch, fakes):  # no
     read = []
     fakes.scorer.text_features = lambda texts: read.append(texts) or np.ones((1, 3), np.float32)
     assert sent(server, candidates=[{"text": "x" * 20_000}])[0] == 200 and read == [["x" * 10_000]]
+    assert sent(server, candidates=[{"text": "red"}] * 200)[0] == 200
+    picture = encoded(square("red"))  # the same letters as a picture and as a text are two features
+    for kind, score in (("image", 1), ("text", 3 ** -.5)):
+        assert sent(server, candidates=[{kind: picture}])[1]["candidates"][0]["score"] == pytest.approx(score)
 
 
 @pytest.mark.parametrize("candidates, complaint", [
