@@ -78,7 +78,8 @@ REPORT = $(PY) -m tools.report --run runs/$(RUN) --runs $(patsubst %/eval/metric
 .PHONY: help data train eval tables ablations report test mini demo bench scale figure card clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {gsub(/\$$\(DATASET\)/, "$(DATASET)"); gsub(/\$$\(RUN\)/, "$(RUN)"); \
+	    gsub(/\$$\(ABLATIONS\)/, "$(ABLATIONS)"); printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  variables: DATASET=$(DATASET) ROOT=$(ROOT) POLICY=$(POLICY) SCORER=$(SCORER) RUN=$(RUN) SEED=$(SEED)"
 	@echo "             WORLD_FLAGS PREPARE_FLAGS TRAIN_FLAGS EVAL_FLAGS (see each file's --help), PYTHON=$(PYTHON)"
 

@@ -21,6 +21,8 @@ By hand, for the helpful crop: RR goes from 1/3 to 1, NDCG from 1/log2(3+1) = .5
 log((3+1)/(1+1)) = .693, the margin goes from .26-.30 to .31-.22; so .2*.667 + .2*.5 + .2*.693 + .4*.13 = .424.
 """
 
+import argparse
+
 import numpy as np
 
 DECISIONS = ("FULL", "REGION", "MALFORMED")
@@ -172,4 +174,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -9,6 +9,8 @@ token is judged against the whole balanced group (Eq. 9), the box tokens against
     python rgrpo.py    learns when and where to crop in a toy world, once per reading (5 s on one core)
 """
 
+import argparse
+
 import torch
 
 FULL, REGION, MALFORMED = 0, 1, 2  # an outcome in a tensor
@@ -239,4 +241,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

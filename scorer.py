@@ -644,8 +644,13 @@ def load_scorer(name, device="cpu", dtype=None):
 @contextmanager
 def replacing(path):
     """Yield a temporary name beside `path`; on success it becomes `path` at once, so no reader sees half a file."""
-    yield f"{path}.tmp"
-    os.replace(f"{path}.tmp", path)
+    temporary = f"{path}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:  # a missing folder, a full disk: whoever reads it knows the name without .tmp
+        error.filename = path if error.filename == temporary else error.filename
+        raise
 
 
 def read_json(path, remedy):

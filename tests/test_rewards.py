@@ -293,3 +293,8 @@ def test_running_the_file_prints_the_worked_example_of_its_docstring():
     assert len(lines) == 10
     printed = "\n".join(f"    {line}" if line else "" for line in lines)
     assert printed in rewards.__doc__
+
+
+def test_help_says_what_the_file_is_for():
+    ran = subprocess.run([sys.executable, "rewards.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert rewards.__doc__.splitlines()[0] in ran.stdout and "\nlabels  " not in ran.stdout  # and does not run the demo

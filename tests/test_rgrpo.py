@@ -437,6 +437,11 @@ def test_the_bandit_repeats():
     assert rgrpo.bandit("factored", steps=5) != rgrpo.bandit("factored", steps=5, seed=1)
 
 
+def test_help_says_what_the_file_is_for():
+    ran = subprocess.run([sys.executable, "rgrpo.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert rgrpo.__doc__.splitlines()[0] in ran.stdout and "\nforce  " not in ran.stdout  # and does not run the demo
+
+
 def test_running_the_file_prints_a_row_for_every_reading():
     ran = subprocess.run([sys.executable, "rgrpo.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line.split() for line in ran.stdout.splitlines()]

@@ -463,6 +463,10 @@ def test_replacing_keeps_the_old_file(tmp_path):
         S.write_array(str(tmp_path / "x.npy"), np.array([1, np.inf], np.float16))
     S.write_array(str(tmp_path / "x.npy"), np.arange(3))
     assert np.load(tmp_path / "x.npy").tolist() == [0, 1, 2]
+    with pytest.raises(FileNotFoundError, match=r"/none/x\.json'$"):  # the name that was asked for, not x.json.tmp
+        S.write_json(str(tmp_path / "none" / "x.json"), {})
+    with pytest.raises(FileNotFoundError, match=r"'other\.txt'$"), S.replacing(path):
+        open("other.txt").close()
 
 
 def test_lines(tmp_path):
