@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from policy import Action, load_policy
-from scorer import (InputError, Query, crop, fuse, load_scorer, scores, write_array, write_json, write_split)
+from scorer import (InputError, Query, crop, fuse, load_scorer, read_trec, scores, write_array, write_json,
+                    write_split)
 from tools import rerank as tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -413,7 +414,8 @@ def test_complaints(world, capsys, arguments, complaint):
 @pytest.mark.parametrize("arguments", [
     "", "--image q.png", "--image q.png --question x --batch a.jsonl --out b.jsonl", "--batch a.jsonl",
     "--query x --out b.jsonl", "--query x --k 0", "--query x --threshold 1.5",
-    "--query x --threshold nan", "--query x --save-image box.gif", "--query x --batch-size 0"])
+    "--query x --threshold nan", "--query x --trec a.trec", "--query x --save-image box.gif",
+    "--query x --batch-size 0"])
 def test_arguments_that_will_not_do(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         tool.parse_args(arguments.split())
@@ -518,8 +520,18 @@ def test_batch_of_a_whole_run(world, capsys, fakes):
     run(world, capsys, "--batch", world / "r.trec", "--out", world / "out.jsonl")
     assert [(line["id"], line["candidates"][0]["name"]) for line in lines_of(world / "out.jsonl")] == [
         ("q%200", ENTITIES[1]), ("q%201", ENTITIES[2])]
-    run(world, capsys, "--batch", world / "r.trec", "--out", world / "out.jsonl")
+    run(world, capsys, "--batch", world / "r.trec", "--out", world / "out.jsonl", "--trec", world / "new.trec")
     assert len(fakes.policy.asked) == 1  # nothing was left to do
+    quoted = [ENTITIES[k].replace(" ", "%20") for k in (1, 2)]
+    assert read_trec(world / "new.trec") == {"q%200": quoted, "q%201": quoted[::-1]}
+    assert (world / "new.trec").read_text().splitlines()[0] == f"q%200 Q0 {quoted[0]} 1 1 region-r1"  # its cosine
+
+
+def test_run_of_a_batch_leaves_errors_out(world, capsys, many):
+    with pytest.raises(SystemExit):
+        tool.main(["--run", str(world / "run"), *map(str, many), "--trec", str(world / "new.trec")])
+    found = read_trec(world / "new.trec")
+    assert set(found) == {"b0", "b1", "b2", "q%200"} and found["b1"] == ["blue", "purple", "red", "green"]
 
 
 # --------------------------------------------------------------------------------------------------- the shipped models

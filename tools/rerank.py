@@ -3,6 +3,7 @@
     python -m tools.rerank --image q.jpg --question "Where does this beetle live?" --candidates FOLDER
     python -m tools.rerank --query E-VQA_test_1                         # a query of the prepared data, with its pool
     python -m tools.rerank --batch in.jsonl --out out.jsonl             # many; cut short, it goes on where it stopped
+    python -m tools.rerank --batch in.trec --out out.jsonl --trec out.trec      # a TREC run in, a TREC run out
 
 Candidates (--candidates; a line of --batch has "candidates", a list of such objects, or "run", a .trec):
 
@@ -41,7 +42,7 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from prepare import nearest_entities
 from scorer import (InputError, as_rgb, crop, fuse, load_data, load_scorer, read_image, read_json, read_manifest,
-                    read_trec, replacing, same_scorer, scores, trec_id, write_json)
+                    read_trec, replacing, same_scorer, scores, trec_id, write_json, write_trec)
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what a folder of candidates is read for
 KNOWN_LIMIT = 200_000  # candidates whose features are kept between queries: about 1 GB at D = 1,280
@@ -485,6 +486,8 @@ def batch(args, models):
     seconds = time.perf_counter() - started
     print(f"re-ranked {ranked} queries in {seconds:.1f} s ({ranked / max(seconds, 1e-9):.1f} a second)"
           + (f"; {len(done)} were done before" if done else "") + f"; wrote {args.out}")
+    if args.trec:
+        write_run(args.trec, args.out)
     if errors:
         print(f"{len(errors)} lines could not be used, the first: {errors[0]['error']}", file=sys.stderr)
     return len(errors)
@@ -499,6 +502,14 @@ def lines_of(jobs, models):
         if len(jobs) == 1:
             return [{"id": jobs[0].id, "line": jobs[0].line, "error": str(error)}]
         return [line for job in jobs for line in lines_of([job], models)]  # one by one, to find which it was
+
+
+def write_run(path, out):
+    """All rankings of the .jsonl `out` as a TREC run; lines with an error are left out."""
+    with open(out, encoding="utf-8") as file:
+        lines = (line for line in map(json.loads, file) if "error" not in line)
+        write_trec(path, ((line["id"], *zip(*((row["name"], row["score"]) for row in line["candidates"])))
+                          for line in lines), "region-r1")
 
 
 def write_lines(file, lines):
@@ -582,6 +593,7 @@ def parse_args(argv=None):
     many.add_argument("--batch", metavar="FILE", help='.jsonl of {"id", "image", "question", "candidates": [...] or '
                       '"run": a .trec or neither}, paths relative to the file; or a .trec: all its queries')
     many.add_argument("--out", metavar="FILE", help=".jsonl to write for --batch; what it already holds is not redone")
+    many.add_argument("--trec", metavar="FILE", help="the rankings of --out as a TREC run, too")
     many.add_argument("--batch-size", type=at_least_one, default=16, help="queries a step; memory, not results")
     add_model_flags(parser)
     args = parser.parse_args(argv)
@@ -591,6 +603,8 @@ def parse_args(argv=None):
         parser.error("--image needs a --question: where to look depends on what is asked")
     if (args.batch is None) != (args.out is None):
         parser.error("--batch and --out need each other")
+    if args.trec and not args.batch:
+        parser.error("--trec is of a --batch")
     if args.save_image and not args.save_image.lower().endswith((".png", ".jpg", ".jpeg")):
         parser.error(f"--save-image {args.save_image}: expected a name that ends in .png or .jpg")
     return args
