@@ -586,6 +586,16 @@ def test_what_few_want_is_folded(written):
     assert report.split_cases([]) == {"cases": [], "more": []}
 
 
+def test_every_query_that_was_picked_is_on_the_page(world, tmp_path):
+    make(world[2], "--out", tmp_path, "--examples", 3)
+    run = report.open_run(report.parse_args(["--run", str(world[2]), "--resamples", "100"]))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    part = page[page.index('id="table3"'):page.index('id="claims"')]
+    chosen = [rows for _, rows in plots.pick(run, 3)]
+    assert part.count('<div class="case">') == sum(map(len, chosen)) > len(chosen)
+    assert part[:part.index("<details>")].count('<div class="case">') == len([rows for rows in chosen if rows])
+
+
 def test_a_picture_is_shown_once(world):
     """The first before, the first after and the positive are often one entity: it has one picture and both scores."""
     run = report.open_run(report.parse_args(["--run", str(world[2]), "--resamples", "100"]))

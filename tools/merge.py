@@ -67,7 +67,7 @@ def trained_under(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Fold an adapter into its base model: one folder for transformers.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="folder in peft's format, such as runs/world/adapter")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the whole model")
     parser.add_argument("--policy", help="base model, id or folder; default: the one that the adapter names")
