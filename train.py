@@ -129,7 +129,7 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("max-grad-norm", above_0, 1.0, "gradients are scaled down to this norm"),
         ("seed", whole, 0, "LoRA, the order of the data and every draw are functions of it"),
         ("eval-every", whole, None, "steps between two evaluations on val, 0 = never"),
-        ("val-queries", least_1, 200, "val queries of an evaluation, drawn once by --seed"),
+        ("val-queries", least_1, 200, "val queries of an evaluation, a random sample, the same in every run"),
         ("save-every", least_1, None, "steps between two saves"),
         ("samples-every", whole, 10, "steps between two groups in samples.jsonl, 0 = never")]}
 
@@ -538,7 +538,7 @@ def try_largest(policy, data, args):
     queries = math.ceil(args.queries / process()[1])
     prompts = policy.prompts([Image.new("RGB", (side, side))] * queries, [question] * queries)
     groups, _ = sample_groups(policy, prompts, [(args.seed, 0, b) for b in range(queries)], args)
-    ones, hold = torch.ones(queries, args.group), holds(args)
+    ones, hold = torch.ones(queries, max(map(len, groups))), holds(args)
     torch.cuda.empty_cache()
     rest, free = torch.cuda.memory_allocated(policy.device), torch.cuda.mem_get_info(policy.device)[0]
     before = memory_mb(policy.device)

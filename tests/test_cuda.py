@@ -237,6 +237,17 @@ def test_the_next_step_is_opened_while_one_runs(tiny, tmp_path, monkeypatch):  #
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
 
 
+@pytest.mark.parametrize("more", [("--balance", "analytic"), ("--balance", "analytic", "--decode", "free"),
+                                  ("--group", "2"), ("--balance", "none")])
+def test_largest_row_of_groups_of_any_size(home, more):
+    """A group has N/2 + 1, N + 1, 2 N or N answers, by balance and decoding."""
+    data = load_data(str(home / "data"), "train")
+    args = train.parse_args(flags(home, "run", "cuda", "--queries", "2", "--max-new-tokens", "4", *more, *EXACT))
+    args.micro_tokens = None
+    with pretend_cuda():
+        assert train.try_largest(train.open_policy(args, None), data, args) > 1
+
+
 def test_largest_row_is_stepped_first_and_changes_nothing(home, monkeypatch):
     """As many queries as a step has, the longest question, an image of the policy's cap; one of them is stepped, and
     what that takes says how many tokens a pass may have: 4/5 of 1 GiB at 1 MiB for the tokens of one query."""
