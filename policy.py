@@ -374,7 +374,7 @@ class Pack:
     completions: list           # M
     layout: Layout
     choices: list               # P of (m, t, (row, slot), token, allowed): token t of completion m is predicted there
-    sites: list                 # S of (query, (row, slot), tokens fed or allowed there), each node of a tree once
+    sites: list                 # S of (i, (row, slot), tokens fed or allowed there), each node of queries[i]'s tree
 
 
 # ---- decoding: the answer being written, and the rows of the model that write it
@@ -799,12 +799,12 @@ class Policy:
         queries = [b for row in rows for b in row]
         layout = Layout([[(prompts[b], trees[b]) for b in row] for row in rows])
         choices, sites, owners = [], {}, []
-        for b, (row, end) in zip(queries, layout.ends):
+        for i, (b, (row, end)) in enumerate(zip(queries, layout.ends)):
             for n, (one, path) in enumerate(zip(completions[b], trees[b].paths)):
                 owners.append((b, n))
                 for t, node in enumerate(path):  # the node whose hidden state predicts token t; -1 is the prompt's last
                     at, allowed = (row, end + 1 + node), one.allowed[t] if one.free[t] else (one.ids[t],)
-                    sites[at] = (b, at, allowed)
+                    sites[at] = (i, at, allowed)
                     if one.free[t]:
                         choices.append((len(owners) - 1, t, at, one.ids[t], allowed))
         if not choices:
@@ -840,9 +840,9 @@ class Policy:
             blank = logp.new_full((*table.shape, log_probs.shape[-1]), -1e4)                            # [M, T, C]
             out["options"] = blank.index_put(index, log_probs)
         if hold:
-            owner, places, allowed = map(list, zip(*pack.sites))                                        # S each
+            owners, places, allowed = map(list, zip(*pack.sites))                                       # S each
             rows, slots = map(list, zip(*places))
-            at = torch.tensor([pack.queries.index(b) for b in owner], device=logp.device)               # [S]
+            at = torch.tensor(owners, device=logp.device)                                               # [S]
             outside, ones = self._outside(hidden[rows, slots], allowed), torch.ones_like(at, dtype=logp.dtype)  # [S]
             sums, counts = (logp.new_zeros(len(pack.queries)).index_add(0, at, x) for x in (outside, ones))     # [B]
             out["outside"] = sums / counts

@@ -172,8 +172,8 @@ def answer_kl(logp, options, ref_options, mask, decision, queries, weights):
     has, beside that of each KL, what an earlier choice does to the odds of the later ones.
 
     logp: [M, T], log pi of what was chosen. options, ref_options: [M, T, C], log-probabilities of all that could be.
-    mask, decision: bool [M, T]. queries: int [M], from 0, of each rollout. weights: [M], as in `loss`. A query without
-    a REGION rollout counts its decision alone.
+    mask, decision: bool [M, T]. queries: int [M], the number of each rollout's query; numbers may be left out. weights:
+    [M], as in `loss`. A query without a REGION rollout counts its decision alone.
     """
     kl = (options.exp() * (options - ref_options)).sum(-1)  # [M, T]
     boxes = kl * (mask & ~decision)  # [M, T]

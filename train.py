@@ -394,7 +394,7 @@ def backward(policy, pack, advantages, total, old, hold, args, names):
         raise FloatingPointError(f"{error}; queries {[names[b] for b in sorted(sick)]}") from error
     # Both are means over the queries of the whole step.
     if args.beta and exact:
-        of = torch.tensor([pack.queries.index(b) for b in owners], device=logp.device)  # [M]
+        of = torch.tensor(owners, device=logp.device)  # [M]
         kl = rgrpo.answer_kl(logp, out["options"], reference["options"], mask, choice, of, weight) / args.queries
         value, numbers["kl"] = value + args.beta * kl, kl.item()
     if hold:
