@@ -14,11 +14,10 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from scorer import (InputError, Query, load_scorer, normalise, read_image, replacing, write_array, write_json,
+from scorer import (InputError, Query, load_scorer, normalise, replacing, write_array, write_json,
                     write_split)
-from tools.rerank import at_least_one, digest, read_candidates
+from tools.rerank import at_least_one, candidate_parts, digest, read_candidates
 
 QUESTION = "What is this?"  # of every picture, until another is typed
 
@@ -31,7 +30,7 @@ def write_folder(folder, scorer, out, k=20):
     os.makedirs(out, exist_ok=True)
     if os.path.exists(os.path.join(out, "manifest.json")):
         raise InputError(f"{out} holds prepared data already: name another --out, or remove it")
-    images, texts = embed(found, scorer)
+    images, texts = (part.astype(np.float16) for part in candidate_parts([one[1:] for one in found], scorer))
     pool, retrieval = nearest_others(normalise(images), min(k, len(found) - 1))
     names = [os.path.basename(candidate.image) for candidate in found]
     queries = [Query(candidate.name, name, QUESTION, []) for candidate, name in zip(found, names)]
@@ -51,18 +50,6 @@ def write_folder(folder, scorer, out, k=20):
         "files": {name: {"bytes": os.path.getsize(os.path.join(out, name)), "sha256": digest(out, name)}
                   for name in sorted(os.listdir(out)) if name.endswith((".npy", ".jsonl"))},
         "splits": {"test": {"rows_read": len(found), "kept": len(found), "dropped": {}, "with_positive": 0}}})
-
-
-def embed(candidates, scorer):
-    """[Candidate] -> float16 [N, D] of their pictures and of their texts, zeros where there is none."""
-    images, texts = np.zeros((2, len(candidates), scorer.dim), np.float16)
-    for start in tqdm(range(0, len(candidates), scorer.batch_size), desc="pictures", unit="batch", disable=None):
-        rows = range(start, min(start + scorer.batch_size, len(candidates)))
-        images[rows] = scorer.image_features([read_image(candidates[i].image) for i in rows])
-        with_text = [i for i in rows if candidates[i].text]
-        if with_text:
-            texts[with_text] = scorer.text_features([candidates[i].text for i in with_text])
-    return images, texts
 
 
 def nearest_others(directions, k):

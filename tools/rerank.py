@@ -142,8 +142,15 @@ def open_image(image):
 
 def candidate_features(candidates, scorer):
     """list of (image, text) -> float32 [K, D] by Eq. 3, normalised."""
-    images = []
-    for start in range(0, len(candidates), scorer.batch_size):  # a thousand images open at once would be gigabytes
+    return fuse(*candidate_parts(candidates, scorer))  # Eq. 3: [K, D]
+
+
+def candidate_parts(candidates, scorer):
+    """list of (image, text) -> un-normalised features of the images and of the texts, zeros where there is none:
+    float32 [K, D] each."""
+    images, starts = [], range(0, len(candidates), scorer.batch_size)
+    # In batches: a thousand images open at once would be gigabytes.
+    for start in tqdm(starts, "pictures", unit="batch", disable=len(starts) < 2 or None):
         part = candidates[start:start + scorer.batch_size]
         images.append(scorer.image_features([open_image(image) for image, _ in part]))
     images = np.concatenate(images)  # [K, D]
@@ -151,7 +158,7 @@ def candidate_features(candidates, scorer):
     with_text = [k for k, (_, text) in enumerate(candidates) if text and text.strip()]
     if with_text:
         texts[with_text] = scorer.text_features([candidates[k][1] for k in with_text])
-    return fuse(images, texts)  # Eq. 3: [K, D]
+    return images, texts
 
 
 # ------------------------------------------------------------------------------------ candidates and queries from files
