@@ -7,6 +7,7 @@ The tokens are the package's file; Qwen2's way of cutting text and its special t
 written here. Ids are those of the published checkpoints.
 """
 
+import argparse
 import base64
 import importlib.util
 from pathlib import Path
@@ -56,4 +57,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
