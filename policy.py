@@ -976,7 +976,7 @@ class Policy:
         """Dropout on (and gradient checkpointing, where enabled on `model`) until `eval()`. Stay in this mode for the
         backward pass too: checkpointing runs the forward again there. `rollout` and `act` never use dropout."""
         self.training, self._prefix = mode, (None, None) if mode else self._prefix
-        if self.model.is_activation_checkpointing:
+        if self.language_model.layers[0].gradient_checkpointing:  # the model's own word for it differs by version
             self.model.train(mode)
         for layer in self.layers.values():  # the base model has no dropout: to walk over all its modules takes longer
             layer.training = mode

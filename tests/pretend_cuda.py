@@ -185,7 +185,7 @@ def pretended_calls():
              "memory_allocated": 0, "max_memory_allocated": 1 << 20, "mem_get_info": (1 << 30, 1 << 31),
              "reset_peak_memory_stats": None, "synchronize": None, "empty_cache": None, "set_device": None,
              "_lazy_init": None, "manual_seed_all": None, "get_rng_state": torch.zeros(1), "set_rng_state": None,
-             "is_bf16_supported": True}
+             "is_bf16_supported": True, "is_current_stream_capturing": False}
     yield from ((torch.cuda, name, lambda *_, fact=fact, **__: fact) for name, fact in facts.items())
     yield torch.accelerator, "is_available", lambda: False
     yield torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None  # it would stay so after the test
