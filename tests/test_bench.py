@@ -148,6 +148,22 @@ def test_passes_are_counted_with_their_weights(attention):
     assert len(phases) == 3  # nothing is left hanging on the modules
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+def test_attention_on_a_card_is_counted_where_keys_have_fewer_heads(kernel):
+    """A card's kernels, by their shapes alone: what only looks at a tensor is on the meta device."""
+    query, key = torch.empty(2, 16, 30, 128, device="meta"), torch.empty(2, 4, 50, 128, device="meta")
+    attend = {"flash": lambda: torch.ops.aten._scaled_dot_product_flash_attention(query, key, key),
+              "efficient": lambda: torch.ops.aten._scaled_dot_product_efficient_attention(query, key, key, None, False),
+              "cudnn": lambda: torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, key, None, False)}
+    tower, phases = torch.nn.Identity(), []
+    with meter.counting([tower], phases):
+        tower(query)
+        attend[kernel]()
+    assert [operations for operations, _ in phases] == [4 * 2 * 16 * 30 * 50 * 128]
+    shapes = query.shape, query.shape, key.shape, key.shape
+    assert meter.attention_backward(*shapes) == 2.5 * meter.attention(*shapes[1:])
+
+
 def test_both_towers_do_the_same_work(args):
     """open_clip's ViT beside ours: the same matrices; its biases and LayerNorms are not counted."""
     counted = []

@@ -14,6 +14,7 @@ stand-in's. Bytes are the weights, read once a pass.
 import contextlib
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -56,6 +57,22 @@ def forget_peak(device):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
+def attention(query, key, *_, **__):
+    """Operations of an attention kernel on shapes [B, H, T, d]: two products. Keys may have fewer heads than queries,
+    as on a card. torch 2.11 refuses to count those, and counts nothing on a CPU."""
+    return 4 * math.prod(query) * key[-2]
+
+
+def attention_backward(grad, query, key, *_, **__):
+    """Five products: the scores once more, and the gradients of values, probabilities, queries and keys."""
+    return 10 * math.prod(query) * key[-2]
+
+
+ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{end}"): operations
+             for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+             for end, operations in (("", attention), ("_backward", attention_backward))}
+
+
 @contextlib.contextmanager
 def counting(towers, phases):
     """Appends [operations, bytes] to `phases` for every pass through one of `towers` (modules) that is run inside.
@@ -63,7 +80,7 @@ def counting(towers, phases):
     A phase lasts until the next pass begins, so a backward pass counts to the forward passes before it. The floor waits
     for each phase by itself: reading a prompt is bound by operations, writing a token by the bytes of the weights.
     """
-    counter, begun = FlopCounterMode(display=False), []
+    counter, begun = FlopCounterMode(display=False, custom_mapping=ATTENTION), []
 
     def begin(tower, _):
         weights = sum(p.nbytes for name, p in tower.named_parameters() if not name.startswith("embed_tokens"))
