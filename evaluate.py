@@ -13,9 +13,16 @@ retrieve.py, rankings of and for other programs by tools/trec.py, statistics and
     zeroshot         the policy's base model: the same weights with the adapter off (Sec. 4.2)
     zeroshot_always  the base model's own boxes, on every query: with its p(REGION | x) the base model's operating curve
     zeroshot2        another base model (--zeroshot-policy), such as the 7B of Table 1
+    noun_rule        the base model's boxes for the categories of target (truth.jsonl) of which they pay on val
+    clutter_rule     the same for the numbers of things in the picture
+    base_best        the base model's boxes with the best decision, in hindsight: what *when* alone could give
     always           the learned policy's own boxes, on every query: is it the decision or the box that helps?
     policy           the learned policy
-    oracle           the better of full image and true box, for data whose truth.jsonl names a true box
+    learned_best     the learned boxes with the best decision, in hindsight: the rest is a matter of *where*
+    truth            the true box, on every query whose truth.jsonl names one
+    oracle           the true box with the best decision, in hindsight
+    best16           the ceiling: the best of the full image, 16 boxes that the learned policy draws at temperature 1,
+                     its likeliest box and the true one, in hindsight
 
 Letters: Q queries, i the place of one in its split, K candidates of a pool, D the scorer's space. A view of query i is
 (i, box), (i, None) the full image. Boxes are in original-image pixels. Simplified: decoding is greedy, one action a
@@ -44,8 +51,14 @@ from scorer import (
     write_json,
 )
 
-METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy", "oracle")
-NEED_ADAPTER = ("random", "always", "policy")
+METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "noun_rule", "clutter_rule", "base_best",
+           "always", "policy", "learned_best", "truth", "oracle", "best16")
+NEED_ADAPTER = ("random", "always", "policy", "learned_best", "best16")
+RULES = {"noun_rule": "category", "clutter_rule": "things"}  # the field of truth.jsonl that such a rule goes by
+# Whose box a method takes where it crops: whether it does is all that is its own.
+BOX_OF = {"noun_rule": "zeroshot_always", "clutter_rule": "zeroshot_always", "base_best": "zeroshot_always",
+          "learned_best": "always", "oracle": "truth", "best16": "always"}
+BOXES = 16
 CROPPING = ("zeroshot", "zeroshot2", "policy", "always")  # in Table 4: methods that choose a region by looking
 # The decoding pass that a method's answers come from, with a grammar and in free text, where p(REGION | x) is not known
 # and a decision is a pass of its own. Its first word names the model; "forced": REGION is forced.
@@ -76,13 +89,13 @@ def parse_args(argv=None):
     add("--run", default="runs/world", help="folder that train.py wrote")
     add("--out", help="folder for everything that is written; default: eval/ in the run's folder")
     add("--split", default="test", help="split of the data: train, val or test")
-    add("--limit", type=int, default=0, help="use the first N queries of the split; 0 = all of them")
+    add("--limit", type=int, default=0, help="use the first N queries of a split; 0 = all of them")
     add("--methods", type=lambda text: text.split(","), help="some of the above, comma-separated; default: all")
     add("--zeroshot-policy", metavar="NAME", help="adds zeroshot2: this model, such as Qwen/Qwen2.5-VL-7B-Instruct")
     add("--center-fraction", type=float, default=0.5, help="side of the centre box as a share of the image's, above 0")
     add("--threshold", type=float, default=0.5, metavar="T",
         help="the learned policy crops where p(REGION | x) > T; 0.5 is greedy; choose it on val's curve. Grammar only")
-    add("--seed", type=int, default=0, help="of random boxes; nothing else draws")
+    add("--seed", type=int, default=0, help="of random boxes and of the 16 of best16; nothing else draws")
     add("--policy", help="model id or folder of the policy; default: the one the run was trained from")
     add("--adapter", metavar="FOLDER", help="adapter to use; default: adapter/ in the run's folder")
     add("--scorer", help="scorer; default: the one the data was prepared with (another is refused)")
@@ -197,16 +210,20 @@ class Answers(dict):
 # ----------------------------------------------------------------------------------------- methods: query -> action
 
 def all_actions(methods, data, sizes, truth, config, args, answers):
-    """{method: [Q] Action}. In place of oracle stands `truth`, always the true box: the scores decide between them."""
-    asked = [name for name in PASSES if name in methods and name != "zeroshot2"]
+    """{method: [Q] Action}, with those whose boxes it takes; for best16 "sample 0" to "sample 15". What is decided by
+    scores is missing: rules, and what is best in hindsight."""
+    needed = {*methods, *(BOX_OF[name] for name in methods if name in BOX_OF)}
     if "random" in methods:  # needs the learned policy's boxes even where its row is not asked for
-        asked += [name for name in ("policy", "always") if name not in asked]
+        needed |= {"policy", "always"}
+    asked = [name for name in PASSES if name in needed and name != "zeroshot2"]
     actions = {"full": [FULL_IMAGE] * len(sizes)}
     for name, asking in ((args.policy or config.get("policy"), asked),
                          (args.zeroshot_policy, [name for name in methods if name == "zeroshot2"])):
         if asking:
             policy = open_policy(name, config, args, trained=bool(set(asking) & set(NEED_ADAPTER)))
             actions |= model_actions(policy, asking, data, sizes, args, answers)
+            if "best16" in methods and "always" in asking:
+                actions |= sampled_actions(policy, data, sizes, args, answers)
             del policy  # before the second comes: two of them and the scorer need not fit together
     if "center" in methods:
         low, high = (1 - args.center_fraction) / 2, (1 + args.center_fraction) / 2
@@ -217,7 +234,7 @@ def all_actions(methods, data, sizes, truth, config, args, answers):
         if of == "always":  # it gave up cropping: its forced boxes are the nearest thing to its distribution
             print("note: the policy crops no query, so `random` takes its shapes from the forced boxes of `always`")
         actions["random"] = [region(box) for box in random_boxes(sizes, actions[of], args.seed)]
-    if "oracle" in methods:
+    if truth and needed & {"truth", "best16"}:
         actions["truth"] = [region(size and i in truth and truth[i]["box"]) for i, size in enumerate(sizes)]
     return actions
 
@@ -265,6 +282,21 @@ def model_actions(policy, names, data, sizes, args, answers):
     return actions
 
 
+def sampled_actions(policy, data, sizes, args, answers):
+    """{"sample k": [Q] Action}: the boxes that the learned policy draws with REGION forced, a query's in one tree."""
+    todo = [i for i, size in enumerate(sizes) if size and ("sampled", i) not in answers]
+    step = max(1, args.batch_size // BOXES)  # so many answers at once as in the other passes: memory
+    for start in tqdm(range(0, len(todo), step), desc="sample", unit="batch", disable=None):
+        batch = todo[start:start + step]
+        prompts = policy.prompts(open_images(data, batch), [data.queries[i].question for i in batch])
+        with policy.adapter(True):
+            groups = policy.rollout(prompts, [["REGION"] * BOXES] * len(batch), args.decode,
+                                    seeds=[(args.seed, i) for i in batch])
+        answers.add({("sampled", i): [one.action.box for one in group] for i, group in zip(batch, groups)})
+    boxes = [answers.get(("sampled", i), [None] * BOXES) for i in range(len(sizes))]
+    return {f"sample {k}": [region(drawn[k] and tuple(drawn[k])) for drawn in boxes] for k in range(BOXES)}
+
+
 def region(box):
     """REGION with this box, by no model; FULL where there is no box."""
     return Action("REGION", box, None, "") if box else FULL_IMAGE
@@ -290,12 +322,35 @@ def random_boxes(sizes, actions, seed):
     return boxes
 
 
-def oracle_actions(true_boxes, seen, labels):
-    """The better of full image and true box for each query, by rank, then by margin. true_boxes: [Q] Action."""
-    full, true = (metrics(view_scores(listed, seen), labels) for listed in ([FULL_IMAGE] * len(labels), true_boxes))
-    # A NaN margin (no positive or no negative in the pool) compares false: the full image stays.
-    better = (true["rank"] < full["rank"]) | ((true["rank"] == full["rank"]) & (true["margin"] > full["margin"]))  # [Q]
-    return [action if take else FULL_IMAGE for action, take in zip(true_boxes, better)]
+def best_of(lists, seen, labels):
+    """The action of each query whose view ranks best, the first of equals: [Q]. lists: of [Q] Action each."""
+    ranks = [metrics(view_scores(listed, seen), labels, ks=())["rank"] for listed in lists]
+    return [lists[k][i] for i, k in enumerate(np.argmin(ranks, axis=0))]
+
+
+def hindsight(methods, actions, seen, labels):
+    """{method: [Q] Action} of those among `methods` that choose by the result."""
+    boxes = {name: [BOX_OF[name]] for name in ("base_best", "learned_best", "oracle") if name in methods}
+    if "best16" in methods:
+        boxes["best16"] = [name for name in actions if name in ("always", "truth") or name.startswith("sample ")]
+    return {name: best_of([actions["full"], *(actions[box] for box in listed)], seen, labels)
+            for name, listed in boxes.items()}
+
+
+def fit_rules(rules, scorer, config, args, key):
+    """{rule: its values, sorted, for which cropping pays}: in reciprocal rank, over another split, the base model's
+    boxes against the full image. scorer, config, key: as in `evaluate`."""
+    data = load_data(args.data, args.rules_from, limit=args.limit)
+    answers = Answers(f"{args.out}/{args.split}.actions.{args.rules_from}.part", key)
+    actions = all_actions(["full", "zeroshot_always"], data, image_sizes(data), {}, config, args, answers)
+    seen, _ = score_views(data, scorer, actions, args.batch_size)
+    full, crops = (metrics(view_scores(actions[name], seen), data.labels, ks=())["rr"]
+                   for name in ("full", "zeroshot_always"))  # [Q] each
+    gains = {rule: {} for rule in rules}
+    for i, fact in read_truth(data).items():
+        for rule, found in gains.items():
+            found[fact[RULES[rule]]] = found.get(fact[RULES[rule]], 0) + crops[i] - full[i]
+    return {rule: sorted(value for value, gain in found.items() if gain > 0) for rule, found in gains.items()}
 
 
 # ------------------------------------------------------------------------------------------------- actions -> scores
@@ -304,17 +359,17 @@ def score_views(data, scorer, actions, batch_size=64):
     """Scores of the full image and of each box that some method chose: {view: float32 [K] in pool order}. And the
     seconds that a box took, {view: s}.
 
-    The full image's feature is stored, so nothing is encoded for it. Each image is opened once and each different box
-    encoded once, however many methods chose it.
+    The full image's feature is stored, so nothing is encoded for it. Each different box is encoded once, however many
+    methods chose it. batch_size: of views, so each image is opened once, or twice where a batch ends in its boxes.
     """
-    seen, seconds = {}, {}
-    for start in tqdm(range(0, len(data), batch_size), desc="score", unit="batch", disable=None):
-        batch = range(start, min(start + batch_size, len(data)))
-        views = list(dict.fromkeys((i, listed[i].box) for i in batch for listed in actions.values() if listed[i].box))
-        features, took = encode_views(data, scorer, views)
-        seconds |= dict.fromkeys(views, took)
-        features |= {(i, None): np.asarray(data.full[i], dtype=np.float32) for i in batch}  # [D] each
-        candidates = {i: data.candidates(i) for i in batch}  # [K, D] each
+    boxes = {i: dict.fromkeys(listed[i].box for listed in actions.values()) for i in range(len(data))}
+    views, seen, seconds = [(i, box) for i in boxes for box in (None, *filter(None, boxes[i]))], {}, {}
+    for start in tqdm(range(0, len(views), batch_size), desc="score", unit="batch", disable=None):
+        batch = views[start:start + batch_size]
+        features, took = encode_views(data, scorer, [view for view in batch if view[1]])
+        seconds |= dict.fromkeys(features, took)
+        features |= {(i, None): np.asarray(data.full[i], dtype=np.float32) for i, box in batch if not box}  # [D] each
+        candidates = {i: data.candidates(i) for i in dict.fromkeys(i for i, _ in batch)}  # [K, D] each
         seen |= {(i, box): scores(feature, candidates[i]) for (i, box), feature in features.items()}  # Eq. 2, 4
     return seen, seconds
 
@@ -405,16 +460,15 @@ def numbers(rows):
 
 def tabulate(about, rows):
     """{method: [Q] rows} -> the dict of metrics.json. about: what the rows do not tell, such as data, run and scorer.
-    The rows `truth` always take the true box; they are a part of the oracle and no method."""
-    methods, full = {name: numbers(listed) for name, listed in rows.items() if name != "truth"}, rows["full"]
-    gap = None
-    if {"policy", "oracle"} <= methods.keys() and (best := methods["oracle"]["CondR@1"]) is not None:
-        least = methods["full"]["CondR@1"]
-        gap = (methods["policy"]["CondR@1"] - least) / (best - least) if best > least else None
+    gap_closed: how far a method comes from full (0) to the ceiling best16 (1) in CondR@1, None without a gap."""
+    methods, full = {name: numbers(listed) for name, listed in rows.items()}, rows["full"]
+    least, best = (methods.get(name, {}).get("CondR@1") for name in ("full", "best16"))
+    for found in methods.values():
+        found["gap_closed"] = (found["CondR@1"] - least) / (best - least) if best and best > least else None
     missing = [row["query_id"] for row in full if row["unreadable"]]
     return {**about, "K": len(full[0]["labels"]), "queries": len(full),
             "with_positive": sum(any(row["labels"]) for row in full),
-            "unreadable": {"count": len(missing), "first": missing[:5]}, "methods": methods, "gap_closed": gap}
+            "unreadable": {"count": len(missing), "first": missing[:5]}, "methods": methods}
 
 
 # -------------------------------------------------------------------------------------------------- numbers -> tables
@@ -427,11 +481,12 @@ def cells(values, width, style):
 
 def tables(methods):
     """Tables 1 and 2 beside each other with the paper's methods beneath, and Table 4: two lists of lines."""
-    main = [f"{'':16}{'Table 1':^48} |{'Table 2':^28} |{'what it did':^26}",
-            f"{'method':16}{cells(COLUMNS[:6], 8, '')} |{cells(COLUMNS[6:], 9, '')}  |  crop % bad text    IoU"]
+    main = [f"{'':16}{'Table 1':^48} |{'Table 2':^28} |{'what it did':^33}",
+            f"{'method':16}{cells(COLUMNS[:6], 8, '')} |{cells(COLUMNS[6:], 9, '')}  |  crop % bad text    IoU  gap %"]
     for name, found in methods.items():
         v = [found[column] for column in COLUMNS]
         did = cells([found["crop_rate"]], 8, "%") + f"{found['malformed']:9}" + cells([found["mean_iou"]], 7, ".2f")
+        did += cells([found.get("gap_closed")], 7, "%")  # another program's row has none
         main.append(f"{name:16}{cells(v[:2], 8, '.3f')}{cells(v[2:6], 8, '%')} |{cells(v[6:], 9, '.3f')}  |{did}")
     main += PAPER.splitlines()
 
@@ -447,10 +502,12 @@ def tables(methods):
 def report(result):
     """All tables as one text, and beneath them what a reader must know."""
     methods, notes = result["methods"], []
-    if result["gap_closed"] is not None:
-        full, policy, oracle = (methods[name]["CondR@1"] for name in ("full", "policy", "oracle"))
-        notes.append(f"gap closed in CondR@1: {result['gap_closed']:.0%} = (policy {policy:.3f} - full {full:.3f}) / "
-                     f"(oracle {oracle:.3f} - full {full:.3f})")
+    if methods["full"]["gap_closed"] is not None:
+        full, best = (methods[name]["CondR@1"] for name in ("full", "best16"))
+        notes.append(f"gap %: how much of the way from full, CondR@1 {full:.3f}, to the ceiling best16, {best:.3f}.\n"
+                     "Knowing *when* to crop could give base_best, knowing *where* what learned_best has beyond it")
+    notes += [f"{rule} crops where {RULES[rule]} is one of: {', '.join(map(str, values)) or 'none'} (fitted on "
+              f"{result['rules_from']})" for rule, values in result["rules"].items()]
     if "zeroshot2" in methods:
         notes.append(f"zeroshot2 is {result['models']['zeroshot2']}")
     if result["unreadable"]["count"]:
@@ -464,18 +521,25 @@ def report(result):
 # ------------------------------------------------------------------------------------------------------------- stage
 
 def open_all(args):
-    """Everything that the stage reads but images and policies -> (data, scorer, methods, truth, config). Settles decode
-    and dtypes in args by what the run and the data say."""
+    """Everything that the stage reads but images and policies -> (data, scorer, methods, truth, config). In args it
+    settles, by what the run and the data say, decode, dtypes and the split that rules are fitted on."""
     data = load_data(args.data, args.split, limit=args.limit)
     if not len(data):
         raise InputError(f"{args.data}: split {args.split} has no queries; see its counts in manifest.json")
     truth = read_truth(data)
-    if not truth and "oracle" in (args.methods or ()):
-        raise InputError("method oracle needs truth.jsonl beside the raw data, and there is none: leave it out")
-    if not truth:
-        print("no truth.jsonl beside the raw data: no oracle row, no IoU")
+    splits = [split for split, counts in data.manifest["splits"].items() if split != args.split and counts.get("kept")]
+    args.rules_from = next((split for split in ("val", "train") if split in splits), None)
+    lacking = [] if truth else ["truth", "oracle"]
+    lacking += [rule for rule, field in RULES.items()
+                if not (truth and args.rules_from and all(field in fact for fact in truth.values()))]
+    if asked := [name for name in lacking if name in (args.methods or ())]:
+        raise InputError(f"{', '.join(asked)}: needs truth.jsonl beside the raw data, a rule also its category or "
+                         "things and a val or train split to be fitted on: leave it out")
+    if lacking:
+        print(f"no rows of {', '.join(lacking)}{'' if truth else ', no IoU'}: no truth.jsonl beside the raw data that "
+              "says what they need")
     # The full image is always there: every other method is compared with it, query by query.
-    wanted = {"full", *(args.methods or METHODS)} - (set() if truth else {"oracle"})
+    wanted = {"full", *(args.methods or METHODS)} - set(lacking)
     methods = [name for name in METHODS if name in wanted]
     if args.zeroshot_policy:  # beside the other base model, as in Table 1
         methods.insert(sum(name in METHODS[:5] for name in methods), "zeroshot2")
@@ -493,11 +557,12 @@ def open_all(args):
 def evaluate(args):
     """From queries to files -> the dict of metrics.json."""
     data, scorer, methods, truth, config = open_all(args)
-    told = ("data", "run", "split", "decode", "policy_dtype", "threshold", "center_fraction", "seed")
+    told = ("data", "run", "split", "decode", "policy_dtype", "threshold", "center_fraction", "seed", "rules_from")
     about = {**{name: getattr(args, name) for name in told}, "scorer": scorer.name,
              "training_seed": config.get("args", {}).get("seed"),
              "models": {"policy": args.policy or config.get("policy"), "zeroshot2": args.zeroshot_policy}}
-    key = {"pools": data.identity, "files": [], **{name: about[name] for name in ("decode", "policy_dtype", "models")}}
+    asked = ("decode", "policy_dtype", "models", "seed")
+    key = {"pools": data.identity, "files": [], **{name: about[name] for name in asked}}
     for path in (f"{args.adapter}/adapter_model.safetensors", f"{args.run}/config.json"):  # config: prompt, image size
         if os.path.isfile(path):
             key["files"].append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
@@ -507,10 +572,14 @@ def evaluate(args):
         sizes = image_sizes(data)
         actions = all_actions(methods, data, sizes, truth, config, args, answers)
         seen, view_seconds = score_views(data, scorer, actions, args.batch_size)
-        if "oracle" in methods:
-            actions["oracle"] = oracle_actions(actions["truth"], seen, np.asarray(data.labels))
+        rules = [name for name in methods if name in RULES]
+        about["rules"] = fit_rules(rules, scorer, config, args, key) if rules else {}
+        for rule, values in about["rules"].items():
+            actions[rule] = [box if i in truth and truth[i][RULES[rule]] in values else FULL_IMAGE
+                             for i, box in enumerate(actions[BOX_OF[rule]])]
+        actions |= hindsight(methods, actions, seen, np.asarray(data.labels))
         rows = {}
-        for name in [*methods, *(["truth"] if "truth" in actions else [])]:
+        for name in methods:
             seconds = []  # loading images and searching the pool are not counted
             for i, action in enumerate(actions[name]):
                 asked = answers.get((PASSES[name][args.decode == "free"], i), [0])[-1] if name in PASSES else 0
@@ -522,7 +591,8 @@ def evaluate(args):
         for name, listed in rows.items():
             write_rows(f"{args.out}/{args.split}.{name}.jsonl", listed)
         write_json(f"{args.out}/metrics.json", result)
-        os.remove(answers.path)
+        for path in Path(args.out).glob(f"{args.split}.actions.*"):
+            path.unlink()
     return result
 
 

@@ -9,7 +9,9 @@ The four queries (images 64 x 64, left half red, right half blue; K = 4, every p
     q3     blue      rank 3                    rank 3             rank 1             right   REGION left, p .6
 
 A full image is half red, half blue: its mean colour is purple's, cosine 1; red and blue have .707 both and keep the
-pool's order. A left half is red: red 1, purple .707, then blue before green with 0 both.
+pool's order. A left half is red: red 1, purple .707, then blue before green with 0 both. Val has two queries, v0 like
+q0 (a beetle among 3 things) and v1 like q1 (a tower alone). The base model always points left: of beetles that pays
+(1 - 1/2), of towers it does not (1/2 - 1). The boxes that the policy draws are all left, but for the fourth.
 """
 
 import json
@@ -32,7 +34,7 @@ from scorer import scores as cosine
 LEFT, RIGHT, WHOLE = (0.0, 0.0, 32.0, 64.0), (32.0, 0.0, 64.0, 64.0), (0.0, 0.0, 64.0, 64.0)
 COLOURS = [(255, 0, 255), (255, 0, 0), (0, 0, 255), (0, 255, 0)]  # purple, red, blue, green
 POSITIVE, SAYS = [1, 0, None, 2], [.9, .1, .8, .6]
-TRUTH = {0: (LEFT, "species"), 1: (LEFT, "landmark"), 3: (RIGHT, "species")}
+TRUTH = {0: (LEFT, "species", "beetle", 3), 1: (LEFT, "landmark", "tower", 1), 3: (RIGHT, "species", "beetle", 1)}
 ALL = evaluate.METHODS
 FIELDS = ["query_id", "question", "image", "kind", "positives", "decision", "box", "p_region", "text", "scores",
           "labels", "rank", "full_rank", "margin", "full_margin", "iou", "seconds", "encodes", "unreadable"]
@@ -59,7 +61,7 @@ class ScriptedPolicy:
 
     def __init__(self, p_region=SAYS, box=LEFT):
         self.p_region, self.box, self.learned, self.max_new_tokens = p_region, box, True, 256
-        self.passes, self.batches, self.dies_at = 0, 0, None
+        self.passes, self.batches, self.drawn, self.drawn_box, self.dies_at = 0, 0, 0, RIGHT, None
 
     @contextmanager
     def adapter(self, enabled):
@@ -83,6 +85,15 @@ class ScriptedPolicy:
                 actions.append(Action("REGION", self.box, p, "") if region else Action("FULL", None, p, ""))
         return actions
 
+    def prompts(self, images, questions):
+        return questions
+
+    def rollout(self, prompts, plans, decode, seeds):
+        assert plans == [["REGION"] * 16] * len(prompts) and self.learned
+        self.drawn += len(prompts)
+        boxes = [self.drawn_box if n == 3 else self.box for n in range(16)]
+        return [[SimpleNamespace(action=Action("REGION", box, .5, "")) for box in boxes] for _ in prompts]
+
 
 def build(tmp_path, truth=True):
     """raw/, data/ and a run as the stages write them; returns the arguments for evaluate.main."""
@@ -94,12 +105,16 @@ def build(tmp_path, truth=True):
     for i in range(4):
         Image.fromarray(picture).save(raw / f"q{i}.png")
         Image.new("RGB", (8, 8), COLOURS[i]).save(raw / f"e{i}.png")
+        Image.fromarray(picture).save(raw / f"v{i}.png")
     pool, labels = np.tile(np.arange(4), (4, 1)), [[k == positive for k in range(4)] for positive in POSITIVE]
     write_split(data, "test", [
         Query(f"q{i}", f"q{i}.png", f"What is this, {i}",
               [f"https://w/entity {POSITIVE[i]}" if i != 2 else "https://w/elsewhere"]) for i in range(4)],
         pool=pool, pool_image=pool, labels=labels, retrieval=np.tile([.9, .8, .7, .6], (4, 1)),
         full=np.full((4, 3), (127.5, 0, 127.5)))
+    write_split(data, "val", [Query(f"v{i}", f"v{i}.png", f"What is this, {i}", [f"https://w/entity {1 - i}"])
+                              for i in range(2)], pool=pool[:2], pool_image=pool[:2], labels=labels[:2],
+                retrieval=np.tile([.9, .8, .7, .6], (2, 1)), full=np.full((2, 3), (127.5, 0, 127.5)))
     with open(data / "kb.jsonl", "w", encoding="utf-8") as file:
         for k in range(4):
             entity = {"entity_id": f"https://w/entity {k}", "title": "", "text": "", "images": [f"e{k}.png"]}
@@ -111,10 +126,12 @@ def build(tmp_path, truth=True):
     write_json(data / "manifest.json", {
         "version": 2, "dataset": "colours", "root": "../raw", "args": {}, "K": 4, "dim": 3, "files": files,
         "scorer": {"name": "colours", "dtype": "float32", "fingerprint": [1, 0, 0]}, "packages": {},
-        "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 3}},
+        "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 3},
+                   "val": {"rows_read": 2, "kept": 2, "dropped": {}, "with_positive": 2}},
         "kb": {"entries_read": 4, "kept": 4, "images": 4, "dropped": {}}})
     if truth:
-        rows = [{"image": f"q{i}.png", "box": box, "kind": kind} for i, (box, kind) in TRUTH.items()]
+        rows = [{"image": image, "box": box, "kind": kind, "category": category, "things": things}
+                for i, (box, kind, category, things) in TRUTH.items() for image in (f"q{i}.png", f"v{i}.png")]
         (raw / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     pools = load_data(str(data), "test").identity
@@ -176,6 +193,8 @@ def test_ranks_rows_and_numbers_by_hand(world):
     wanted = {"full": [2, 1, 5, 3], "policy": [1, 1, 5, 3],  # q0 fixed; q1 kept; q3 looked at the wrong half
               "always": [1, 2, 5, 3], "zeroshot_always": [1, 2, 5, 3],  # the same boxes also spoil q1
               "zeroshot": [2, 1, 5, 3], "oracle": [1, 1, 5, 1], "truth": [1, 2, 5, 1],  # q2 has no true box
+              "base_best": [1, 1, 5, 3], "learned_best": [1, 1, 5, 3],  # left boxes help q0 alone
+              "noun_rule": [1, 1, 5, 3], "clutter_rule": [1, 1, 5, 3], "best16": [1, 1, 5, 1],
               "center": [2, 1, 5, 3]}  # the middle is half red, half blue, as the whole
     assert {name: ranks(arguments, name) for name in wanted} == wanted
     assert rows_of(arguments, "center")[0]["box"] == [16, 16, 48, 48]
@@ -184,7 +203,17 @@ def test_ranks_rows_and_numbers_by_hand(world):
     assert full["MRR"] == pytest.approx((1 / 2 + 1 + 0 + 1 / 3) / 4)
     assert policy["CondR@1"] == pytest.approx(2 / 3)
     assert result["methods"]["oracle"]["CondR@1"] == 1
-    assert result["gap_closed"] == pytest.approx((2 / 3 - 1 / 3) / (1 - 1 / 3))  # one half
+    # Beetles are cropped, so q3 as well, where it is of no use; of the numbers of things only 3, that is q0. Where a box
+    # changes nothing the full image is the best decision.
+    assert result["rules"] == {"noun_rule": ["beetle"], "clutter_rule": [3]} and result["rules_from"] == "val"
+    for name, cropped in {"noun_rule": "0 3", "clutter_rule": "0", "base_best": "0", "best16": "0 3"}.items():
+        assert [i for i, row in enumerate(rows_of(arguments, name)) if row["box"]] == list(map(int, cropped.split()))
+    assert [rows_of(arguments, "best16")[i]["box"] for i in (0, 3)] == [list(LEFT), list(RIGHT)]
+    # (2/3 - 1/3) / (1 - 1/3) is a half; the true box on every query fixes q0 and q3 and spoils q1.
+    gaps = {name: row["gap_closed"] for name, row in result["methods"].items() if name not in ("random", "center")}
+    assert gaps == pytest.approx({
+        "full": 0, "zeroshot": 0, "zeroshot_always": 0, "noun_rule": .5, "clutter_rule": .5, "base_best": .5, "always": 0,
+        "policy": .5, "learned_best": .5, "truth": .5, "oracle": 1, "best16": 1})
     assert policy["crop_rate"] == 3 / 4 and always["crop_rate"] == 1 and full["crop_rate"] == 0
     # Table 4, without q2. Rank 1: q1 alone, kept. Rank > 1: q0 helped, q3 cropped for nothing.
     assert policy["table4"]["rank=1"] == {"n": 1, "crop_rate": 0, "help": 0, "hurt": 0, "no_change": 1}
@@ -218,7 +247,7 @@ def test_seconds_are_of_deciding_and_of_the_view(world, monkeypatch):
     arguments, _ = world
     ticks = iter(range(1000))
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(ticks))
-    run_main(arguments, "--methods", "policy,oracle")
+    run_main(arguments, "--methods", "policy,truth")
     q0, q1, *_ = rows_of(arguments, "policy")
     # Views: left of q0, q2, q3 (policy), left of q1 and right of q3 (truth): 5.
     assert q0["seconds"] == pytest.approx(1 / 4 + 1 / 5) and q1["seconds"] == pytest.approx(1 / 4)
@@ -241,18 +270,19 @@ def test_printed_tables(world, capsys):
     arguments, _ = world
     run_main(arguments)
     lines = capsys.readouterr().out.splitlines()
-    for words in ("4 queries, 3 of them with a positive", "gap closed in CondR@1: 50%", "wrote to"):
+    for words in ("4 queries, 3 of them with a positive", "noun_rule crops where category is one of: beetle",
+                  "gap %: how much of the way from full, CondR@1 0.333, to the ceiling best16, 1.000", "wrote to"):
         assert any(words in line for line in lines)
     found = {line.split()[0]: line.split() for line in reversed(lines) if line.startswith(ALL)}  # its first line
     assert set(ALL) <= set(found)
     # MRR (1 + 1 + 0 + 1/3) / 4, NDCG (1 + 1 + 0 + 1/2) / 4, R@1 in per cent as in the paper, CondR@1 as a share.
-    assert found["policy"] == ["policy", *"0.583 0.625 50.0 75.0 75.0 75.0 | 0.667 1.000 1.000 | 75.0 0 0.50".split()]
-    assert found["full"][-3:] == ["0.0", "0", "-"]
+    assert found["policy"] == ["policy", *"0.583 0.625 50.0 75.0 75.0 75.0 | 0.667 1.000 1.000 | 75.0 0 0.50 50.0".split()]
+    assert found["full"][-4:] == ["0.0", "0", "-", "0.0"]
     # The layout, digit by digit: whoever reads these tables by a program may go by columns.
     for line in (
-            f"{'':36}Table 1{'':22}|{'':10}Table 2{'':12}|       what it did        ",
+            f"{'':36}Table 1{'':22}|{'':10}Table 2{'':12}|{'what it did':^33}",
             "method               MRR    NDCG     R@1     R@5    R@10    R@20 |  CondR@1  CondR@5 CondR@10  |"
-            "  crop % bad text    IoU",
+            "  crop % bad text    IoU  gap %",
             "policy              0.47    0.48    44.7    48.2    49.9    50.8 |     0.90     0.95     0.98  |",
             "policy              0.71    0.73    66.5    78.2    80.2    81.7 |     0.81     0.96     0.98  |",
             f"Table 4         {'original rank=1, n = 1':^44}{'original rank>1, n = 2':^44}",
@@ -284,7 +314,7 @@ def test_metrics_come_last(world, monkeypatch):
     assert not Path(f"{arguments[3]}/eval/metrics.json").exists() and loaded.policy.passes == 2 * passes
     monkeypatch.setattr(evaluate, "write_rows", write)
     assert run_main(arguments) == whole and loaded.policy.passes == 2 * passes
-    assert not Path(f"{arguments[3]}/eval/test.actions.part").exists()
+    assert loaded.policy.drawn == 2 * 4 and not list(Path(f"{arguments[3]}/eval").glob("*.part"))
 
 
 def test_folders_of_ones_own(world, tmp_path, monkeypatch):
@@ -341,7 +371,8 @@ def test_threshold_is_the_learned_policys_alone(world):
 def test_second_base_model(world, capsys):
     arguments, loaded = world
     result = run_main(arguments, "--zeroshot-policy", "another")
-    assert loaded.asked == [("scripted", f"{arguments[3]}/adapter"), ("another", None)]  # an adapter is not its own
+    # The other model is asked without an adapter, and the base model once more: on val, for the rules.
+    assert loaded.asked == [("scripted", f"{arguments[3]}/adapter"), ("another", None), ("scripted", None)]
     assert ranks(arguments, "zeroshot2") == [2, 2, 5, 3]  # crops q1 alone, to its right half, wrongly
     assert list(result["methods"])[4:6] == ["zeroshot_always", "zeroshot2"]
     assert result["models"]["zeroshot2"] == "another" and "zeroshot2 is another" in capsys.readouterr().out
@@ -361,7 +392,8 @@ def test_run_of_other_data_is_refused(world):
 def test_run_without_adapter_or_config(world, tmp_path):
     arguments, loaded = world
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
-    assert "safetensors is missing, and random, always, policy need the trained policy" in refused(arguments)
+    assert "safetensors is missing, and random, always, policy, learned_best, best16 need the trained policy" in refused(
+        arguments)
     run_main(arguments, "--methods", "full,center,zeroshot")  # needs none
     assert loaded.asked == [("scripted", None)]
     nowhere = [*arguments[:3], str(tmp_path / "none")]
@@ -388,7 +420,8 @@ def test_truth_that_is_missing_shared_or_damaged(world, tmp_path, capsys):
     arguments, _ = world
     data, path = load_data(arguments[1], "test"), tmp_path / "raw" / "truth.jsonl"
     data.queries = [data.queries[0], SimpleNamespace(image="q0.png"), SimpleNamespace(image="q9.png")]
-    assert evaluate.read_truth(data) == {i: {"image": "q0.png", "box": LEFT, "kind": "species"} for i in (0, 1)}
+    assert evaluate.read_truth(data) == {
+        i: {"image": "q0.png", "box": LEFT, "kind": "species", "category": "beetle", "things": 3} for i in (0, 1)}
     whole = path.read_text()
     for line in ("{cut", "[1]", '{"image": "q2.png", "box": [1, 2, 3], "kind": "x"}',
                  '{"image": "q0.png", "box": 7, "kind": "x"}', '{"image": "q0.png", "box": [1, 2, 3, 4]}',
@@ -397,12 +430,28 @@ def test_truth_that_is_missing_shared_or_damaged(world, tmp_path, capsys):
                  '{"image": "q0.png", "box": [0, 5, 5, 5], "kind": "x"}',
                  '{"image": "q0.png", "box": [0, 0, Infinity, 9], "kind": "x"}'):
         path.write_text(whole + line + "\n")
-        assert "truth.jsonl:4: needs image, kind and a box" in refused(arguments)
+        assert "truth.jsonl:7: needs image, kind and a box" in refused(arguments)
     path.unlink()
     result = run_main(arguments)
-    assert list(result["methods"]) == [*ALL[:-1]] and result["gap_closed"] is None
-    assert "no oracle row" in capsys.readouterr().out
-    assert "oracle needs truth.jsonl" in refused(arguments, "--methods", "oracle")
+    needy = ("noun_rule", "clutter_rule", "truth", "oracle")
+    assert list(result["methods"]) == [name for name in ALL if name not in needy] and result["rules"] == {}
+    assert result["methods"]["best16"]["CondR@1"] == 1  # the ceiling of real data: without a true box
+    assert "no rows of truth, oracle, noun_rule, clutter_rule, no IoU" in capsys.readouterr().out
+    for name in needy:
+        assert f"{name}: needs truth.jsonl" in refused(arguments, "--methods", f"policy,{name}")
+
+
+@pytest.mark.parametrize("lost", ["category", "things", "val"])
+def test_rules_need_a_field_and_a_split_to_be_fitted_on(world, tmp_path, capsys, lost):
+    arguments, _ = world
+    path, manifest = tmp_path / "raw" / "truth.jsonl", tmp_path / "data" / "manifest.json"
+    path.write_text(path.read_text().replace(f'"{lost}"', '"else"'))
+    content = read_json(manifest, "")
+    write_json(manifest, {**content, "splits": {name: split for name, split in content["splits"].items()
+                                                if name != lost}})
+    found = run_main(arguments)["methods"].keys()
+    gone = {"category": {"noun_rule"}, "things": {"clutter_rule"}, "val": {"noun_rule", "clutter_rule"}}[lost]
+    assert set(ALL) - found == gone and f"no rows of {', '.join(sorted(gone, reverse=True))}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [
@@ -454,7 +503,7 @@ def test_goes_on_after_a_kill(world, tmp_path):
         run_main(arguments, "--batch-size", "1")
     policy.dies_at = None
     again = run_main(arguments, "--batch-size", "1")
-    assert policy.passes == 5 + 2 + 4  # then q2 and q3 by both passes; q1 never again
+    assert policy.passes == 5 + 2 + 4 + 2  # and val's two; then q2 and q3 by both passes; q1 never again
     assert again == whole and {name: without_seconds(rows_of(arguments, name)) for name in rows} == rows
     assert not part.exists()
     answers = evaluate.Answers(part, {})  # a kill -9 closes nothing in order: what is added is in the file at once
@@ -527,17 +576,20 @@ def test_views_against_the_plain_way(tmp_path):
             np.testing.assert_allclose(found, cosine(np.float32(view), data.candidates(i)), atol=1e-6)
 
 
-def test_oracle_takes_rank_then_margin():
+def test_best_takes_the_rank_and_the_first_of_equals():
     labels = np.array([[1, 0, 0]] * 4 + [[0, 0, 0]])
-    full = np.array([[.5, .6, .1], [.6, .5, .1], [.6, .5, .1], [.6, .5, .1], [.3, .2, .1]])
-    truth = np.array([[.6, .5, .1],   # rank 2 -> 1: better
-                      [.5, .6, .1],   # rank 1 -> 2: worse
-                      [.9, .5, .1],   # rank 1 both, margin .1 -> .4: better
-                      [.6, .5, .2],   # the same: the full image stays
-                      [.9, .2, .1]])  # no positive: nothing can be better
-    seen = {(i, box): row for box, listed in ((None, full), (LEFT, truth)) for i, row in enumerate(listed)}
-    chosen = evaluate.oracle_actions([evaluate.region(LEFT)] * 5, seen, labels)
-    assert [a.decision for a in chosen] == ["REGION", "FULL", "REGION", "FULL", "FULL"]
+    full = np.array([[.5, .6, .1], [.6, .5, .1], [.6, .5, .1], [.5, .6, .7], [.3, .2, .1]])
+    left = np.array([[.6, .5, .1],   # rank 2 -> 1: better
+                     [.5, .6, .1],   # rank 1 -> 2: worse
+                     [.9, .5, .1],   # rank 1 both: the full image stays, though the margin grows
+                     [.5, .6, .1],   # rank 3 -> 2, and the other box 1: the best of three
+                     [.9, .2, .1]])  # no positive: nothing can be better
+    right = np.array([[.7, .5, .1], *[[.6, .5, .1]] * 4])
+    seen = {(i, box): row for box, listed in ((None, full), (LEFT, left), (RIGHT, right))
+            for i, row in enumerate(listed)}
+    lists = [[evaluate.FULL_IMAGE] * 5, *([evaluate.region(box)] * 5 for box in (LEFT, RIGHT))]
+    assert [a.box for a in evaluate.best_of(lists, seen, labels)] == [LEFT, None, None, RIGHT, None]
+    assert [a.box for a in evaluate.best_of(lists[:2], seen, labels)] == [LEFT, None, None, LEFT, None]
 
 
 def test_random_boxes_follow_the_policys_sizes():
@@ -580,14 +632,15 @@ def test_iou(a, b, value):
 
 
 def test_gap_closed_needs_a_gap(world, tmp_path):
-    """A true box that is worth nothing: the oracle is the full image, and there is no gap to close."""
-    arguments, _ = world
+    """Boxes that are all the whole image: the ceiling is the full image, and there is no gap to close."""
+    arguments, loaded = world
+    loaded.policy.box = loaded.policy.drawn_box = WHOLE
     facts = [{"image": f"q{i}.png", "box": WHOLE, "kind": "x"} for i in range(4)]
     (tmp_path / "raw" / "truth.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     result = run_main(arguments, "--center-fraction", "1")
-    assert result["gap_closed"] is None
+    assert {row["gap_closed"] for row in result["methods"].values()} == {None}
     assert rows_of(arguments, "center")[0]["box"] == [*WHOLE]
-    assert run_main(arguments, "--methods", "oracle")["gap_closed"] is None
+    assert run_main(arguments, "--methods", "oracle")["methods"]["oracle"]["gap_closed"] is None
 
 
 def test_scores_in_rows_are_the_scores():

@@ -136,8 +136,9 @@ def test_make_data_train_eval(whole):
         assert (folder / "runs/world" / name).stat().st_size > 0
     assert not list(folder.rglob("*.tmp"))
     metrics = json.loads((folder / "runs/world/eval/metrics.json").read_text())
-    assert list(metrics["methods"]) == ["full", "random", "center", "zeroshot", "zeroshot_always", "always", "policy",
-                                        "oracle"]
+    assert list(metrics["methods"]) == ["full", "random", "center", "zeroshot", "zeroshot_always", "noun_rule",
+                                        "clutter_rule", "base_best", "always", "policy", "learned_best", "truth",
+                                        "oracle", "best16"]
     assert metrics["queries"] == 12 and metrics["K"] == 20
     # These hold for every world and every policy, however little it was trained.
     rows = metrics["methods"]

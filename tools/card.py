@@ -16,7 +16,7 @@ from pathlib import Path
 from policy import SYSTEM_PROMPT
 from scorer import InputError, read_json, replacing
 
-ROWS = ("full", "random", "center", "zeroshot", "policy", "oracle")
+ROWS = ("full", "random", "center", "zeroshot", "policy", "best16")
 COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1 %", "R@5": "R@5 %", "CondR@1": "CondR@1", "CondR@5": "CondR@5",
            "crop_rate": "crop %"}  # field of metrics.json: what stands above it; recalls in per cent, as the paper
 # Arguments that say how a run was trained; the rest is where and how fast.

@@ -154,7 +154,7 @@ def quality(data, actions, targets, verdicts):
 
 def kind_table(rows):
     """Lines: what each method does with each kind of query, of those whose pool holds the positive; none where the data
-    names no kinds. The rows `truth` always take the true box."""
+    names no kinds."""
     kinds, lines = sorted({row["kind"] for row in rows["full"]} - {None}), []
     for name, listed in rows.items():
         lines.append(f"{name:16}")

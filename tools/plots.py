@@ -126,8 +126,8 @@ def curve_plots(run, label):
             if points and name in run.rows:
                 axes.plot(run.study.mean(name, "crop") * 100, run.study.mean(name, measure), "o", color=colour,
                           markersize=9, markeredgecolor="white")
-        if "oracle" in run.rows and not np.isnan(best := run.study.mean("oracle", measure)):
-            axes.plot(run.study.mean("oracle", "crop") * 100, best, "*", color=GREEN, markersize=14, label="oracle")
+        if "best16" in run.rows and not np.isnan(best := run.study.mean("best16", measure)):
+            axes.plot(run.study.mean("best16", "crop") * 100, best, "*", color=GREEN, markersize=14, label="best of 16")
         axes.set_xlim(-3, 103)
         if not axes.lines:  # no query has a positive in its pool
             continue

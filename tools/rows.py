@@ -119,8 +119,7 @@ def open_rows(args, methods=None, needed=()):
     args.out = args.out or os.path.join(args.run, "eval")
     result = read_metrics(args.out, args.split,
                           f"python evaluate.py --data {args.data} --run {args.run} --split {args.split}")
-    had = [*result["methods"], *(["truth"] if "oracle" in result["methods"] else [])]
-    names = ["full", *(name for name in had if name != "full" and (methods is None or name in methods))]
+    names = ["full", *(name for name in result["methods"] if name != "full" and (methods is None or name in methods))]
     if missing := [name for name in needed if name not in names]:
         raise InputError(f"{args.out} has no rows of {missing[0]}: run evaluate.py on {args.run} with that method")
     rows = read_rows(args.out, args.split, names)

@@ -85,7 +85,7 @@ def parse_args(argv=None):
     add_flags(parser)
     parser.add_argument("--run-file", action="append", default=[], metavar="NAME=PATH",
                         help="adds a ranking by another program, a TREC run; may be given several times")
-    args, taken = parser.parse_args(argv), {*METHODS, "zeroshot2", "truth"}
+    args, taken = parser.parse_args(argv), {*METHODS, "zeroshot2"}
     for text in args.run_file:  # the name becomes part of a file name, where @ and + belong to the tools
         if not re.fullmatch(r"[\w-]+=.+", text) or text.partition("=")[0] in taken:
             parser.error("--run-file is NAME=PATH, NAME of letters, digits, - and _, each once, and no method's name")
