@@ -60,11 +60,8 @@ BOX_OF = {"noun_rule": "zeroshot_always", "clutter_rule": "zeroshot_always", "ba
           "learned_best": "always", "oracle": "truth", "best16": "always"}
 BOXES = 16
 CROPPING = ("zeroshot", "zeroshot2", "policy", "always")  # in Table 4: methods that choose a region by looking
-# The decoding pass that a method's answers come from, with a grammar and in free text, where p(REGION | x) is not known
-# and a decision is a pass of its own. Its first word names the model; "forced": REGION is forced.
-PASSES = {"zeroshot": ("base forced", "base chooses"), "zeroshot_always": ("base forced", "base forced"),
-          "zeroshot2": ("second forced", "second chooses"),
-          "policy": ("learned forced", "learned chooses"), "always": ("learned forced", "learned forced")}
+MODELS = {"zeroshot": "base", "zeroshot_always": "base", "zeroshot2": "second", "policy": "learned",
+          "always": "learned"}  # whose answers a method takes
 COLUMNS = ("MRR", "NDCG", "R@1", "R@5", "R@10", "R@20", "CondR@1", "CondR@5", "CondR@10")  # Table 1, then Table 2
 PAPER = """\
 the paper, E-VQA (other data, other models: for the shape of the table only)
@@ -102,6 +99,8 @@ def parse_args(argv=None):
     add("--scorer-dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the prepared data")
     add("--policy-dtype", choices=("float32", "bfloat16"), help="default: as trained, else bfloat16 on CUDA alone")
     add("--decode", choices=("grammar", "free"), help="by a template, or any text, then parsed; default: as trained")
+    add("--zeroshot", choices=("grammar", "free"), help="the same for zeroshot and zeroshot2; default: free, as in the "
+        "paper, but like --decode on the embedded world, whose base model is a stand-in")
     add("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 ...")
     add("--batch-size", type=int, default=64, help="queries a step, 1 or more; memory, not results")
     args = parser.parse_args(argv)
@@ -215,7 +214,7 @@ def all_actions(methods, data, sizes, truth, config, args, answers):
     needed = {*methods, *(BOX_OF[name] for name in methods if name in BOX_OF)}
     if "random" in methods:  # needs the learned policy's boxes even where its row is not asked for
         needed |= {"policy", "always"}
-    asked = [name for name in PASSES if name in needed and name != "zeroshot2"]
+    asked = [name for name in MODELS if name in needed and name != "zeroshot2"]
     actions = {"full": [FULL_IMAGE] * len(sizes)}
     for name, asking in ((args.policy or config.get("policy"), asked),
                          (args.zeroshot_policy, [name for name in methods if name == "zeroshot2"])):
@@ -254,10 +253,17 @@ def open_policy(name, config, args, trained):
     return policy
 
 
+def pass_of(name, args):
+    """The decoding pass that a method's answers come from: model, is REGION forced, decoding. Under a grammar it is; in
+    free text p(REGION | x) is not known, so a decision is a pass of its own."""
+    decode = args.zeroshot if name in ("zeroshot", "zeroshot2") else args.decode
+    forced = decode == "grammar" or name.endswith("always")
+    return f"{MODELS[name]} {'forced' if forced else 'chooses'} {decode}"
+
+
 def model_actions(policy, names, data, sizes, args, answers):
     """{method: [Q] Action} for methods that ask one policy. What `answers` holds already is not asked for again."""
-    pass_of = {name: PASSES[name][args.decode == "free"] for name in names}
-    passes = sorted(set(pass_of.values()))
+    passes = sorted({pass_of(name, args) for name in names})
     todo = [i for i, size in enumerate(sizes) if size and any((each, i) not in answers for each in passes)]
     for start in tqdm(range(0, len(todo), args.batch_size), desc="decide", unit="batch", disable=None):
         batch = todo[start:start + args.batch_size]
@@ -265,16 +271,17 @@ def model_actions(policy, names, data, sizes, args, answers):
         for each in passes:
             begin = time.perf_counter()
             with policy.adapter(not each.startswith("base")):
-                found = policy.act(images, questions, decode=args.decode, batch_size=args.batch_size,
-                                   force="REGION" if each.endswith("forced") else None)
+                found = policy.act(images, questions, decode=each.split()[2], batch_size=args.batch_size,
+                                   force="REGION" if "forced" in each else None)
             seconds = (time.perf_counter() - begin) / len(batch)
             answers.add({(each, i): [a.decision, a.box, a.p_region, a.text, seconds] for i, a in zip(batch, found)})
     actions = {name: [] for name in names}
     for name, listed in actions.items():
-        may_decide = args.decode == "grammar" and not name.endswith("always")  # REGION was forced on it all the same
+        # REGION was forced on it all the same
+        may_decide = pass_of(name, args).endswith("grammar") and not name.endswith("always")
         threshold = args.threshold if name == "policy" else 0.5  # a base model is a baseline and stays greedy
         for i in range(len(sizes)):
-            decision, box, p_region, text, _ = answers.get((pass_of[name], i)) or ("FULL", None, None, "", 0)
+            decision, box, p_region, text, _ = answers.get((pass_of(name, args), i)) or ("FULL", None, None, "", 0)
             # Greedy decoding takes the likelier decision, and after REGION the forced digits are what it would write.
             if may_decide and p_region is not None and p_region <= threshold:
                 decision, box, text = "FULL", None, '{"Decision": "FULL"}'
@@ -545,6 +552,7 @@ def open_all(args):
         methods.insert(sum(name in METHODS[:5] for name in methods), "zeroshot2")
     config = open_run(args, data, methods)
     args.decode = args.decode or config.get("args", {}).get("decode", "grammar")
+    args.zeroshot = args.zeroshot or (args.decode if data.manifest["dataset"] == "world" else "free")
     args.policy_dtype = args.policy_dtype or config.get("args", {}).get("policy_dtype")
     if args.decode == "free" and args.threshold != 0.5:
         raise InputError("--threshold needs p(REGION | x), which only --decode grammar knows exactly")
@@ -557,7 +565,8 @@ def open_all(args):
 def evaluate(args):
     """From queries to files -> the dict of metrics.json."""
     data, scorer, methods, truth, config = open_all(args)
-    told = ("data", "run", "split", "decode", "policy_dtype", "threshold", "center_fraction", "seed", "rules_from")
+    told = ("data", "run", "split", "decode", "policy_dtype", "threshold", "center_fraction", "seed", "zeroshot",
+            "rules_from")
     about = {**{name: getattr(args, name) for name in told}, "scorer": scorer.name,
              "training_seed": config.get("args", {}).get("seed"),
              "models": {"policy": args.policy or config.get("policy"), "zeroshot2": args.zeroshot_policy}}
@@ -582,7 +591,7 @@ def evaluate(args):
         for name in methods:
             seconds = []  # loading images and searching the pool are not counted
             for i, action in enumerate(actions[name]):
-                asked = answers.get((PASSES[name][args.decode == "free"], i), [0])[-1] if name in PASSES else 0
+                asked = answers.get((pass_of(name, args), i), [0])[-1] if name in MODELS else 0
                 seconds.append(asked + view_seconds.get((i, action.box), 0) or None)
             rows[name] = make_rows(data, actions[name], seen, truth, sizes, seconds)
         result = tabulate(about, rows)

@@ -62,6 +62,7 @@ class ScriptedPolicy:
     def __init__(self, p_region=SAYS, box=LEFT):
         self.p_region, self.box, self.learned, self.max_new_tokens = p_region, box, True, 256
         self.passes, self.batches, self.drawn, self.drawn_box, self.dies_at = 0, 0, 0, RIGHT, None
+        self.asked = set()  # (learned, decode, force)
 
     @contextmanager
     def adapter(self, enabled):
@@ -73,6 +74,7 @@ class ScriptedPolicy:
         self.batches += 1
         if self.batches == self.dies_at:
             raise KeyboardInterrupt
+        self.asked.add((self.learned, decode, force))
         assert all(image.size == (64, 64) for image in images)
         self.passes += len(images)
         actions = []
@@ -124,7 +126,7 @@ def build(tmp_path, truth=True):
     write_array(data / "kb_entity.npy", np.arange(4, dtype=np.int32))
     files = {path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in data.iterdir()}
     write_json(data / "manifest.json", {
-        "version": 2, "dataset": "colours", "root": "../raw", "args": {}, "K": 4, "dim": 3, "files": files,
+        "version": 2, "dataset": "world", "root": "../raw", "args": {}, "K": 4, "dim": 3, "files": files,
         "scorer": {"name": "colours", "dtype": "float32", "fingerprint": [1, 0, 0]}, "packages": {},
         "splits": {"test": {"rows_read": 4, "kept": 4, "dropped": {}, "with_positive": 3},
                    "val": {"rows_read": 2, "kept": 2, "dropped": {}, "with_positive": 2}},
@@ -376,6 +378,21 @@ def test_second_base_model(world, capsys):
     assert ranks(arguments, "zeroshot2") == [2, 2, 5, 3]  # crops q1 alone, to its right half, wrongly
     assert list(result["methods"])[4:6] == ["zeroshot_always", "zeroshot2"]
     assert result["models"]["zeroshot2"] == "another" and "zeroshot2 is another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset, flags, decode", [
+    ("world", [], "grammar"), ("world", ["--decode", "free"], "free"), ("world", ["--zeroshot", "free"], "free"),
+    ("evqa", [], "free"), ("evqa", ["--zeroshot", "grammar"], "grammar")])
+def test_zeroshot_is_free_text_on_real_data(world, tmp_path, dataset, flags, decode):
+    """As in the paper: the base model writes what it likes, while its forced boxes and the learned policy keep to the
+    run's grammar."""
+    arguments, loaded = world
+    write_json(tmp_path / "data" / "manifest.json", {**read_json(tmp_path / "data" / "manifest.json", ""),
+                                                     "dataset": dataset})
+    result = run_main(arguments, "--methods", "zeroshot,zeroshot_always", *flags)
+    rest = "free" if "--decode" in flags else "grammar"
+    assert result["zeroshot"] == decode and result["decode"] == rest
+    assert loaded.policy.asked == {(False, decode, "REGION" if decode == "grammar" else None), (False, rest, "REGION")}
 
 
 def test_run_of_other_data_is_refused(world):
@@ -661,7 +678,7 @@ def test_one_forced_pass_equals_asking_freely(tmp_path):
     images = [Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)) for _ in range(6)]
     data = SimpleNamespace(queries=[SimpleNamespace(question=f"What is this, {i}?") for i in range(6)],
                            open_image=lambda i: images[i])
-    args = SimpleNamespace(decode="grammar", batch_size=4, threshold=.5)
+    args = SimpleNamespace(decode="grammar", zeroshot="grammar", batch_size=4, threshold=.5)
     answers = evaluate.Answers(str(tmp_path / "part"), {})
     found = evaluate.model_actions(policy, ["zeroshot", "policy", "always"], data, [(80, 60)] * 6, args, answers)
     plain = policy.act(images, [query.question for query in data.queries], batch_size=6)
