@@ -21,8 +21,8 @@ retrieve.py, rankings of and for other programs by tools/trec.py, statistics and
     learned_best     the learned boxes with the best decision, in hindsight: the rest is a matter of *where*
     truth            the true box, on every query whose truth.jsonl names one
     oracle           the true box with the best decision, in hindsight
-    best16           the ceiling: the best of the full image, 16 boxes that the learned policy draws at temperature 1,
-                     its likeliest box and the true one, in hindsight
+    best16           the ceiling: the best of the full image, the learned policy's likeliest box, the true one and 16
+                     that it draws at temperature 1, in hindsight
 
 Letters: Q queries, i the place of one in its split, K candidates of a pool, D the scorer's space. A view of query i is
 (i, box), (i, None) the full image. Boxes are in original-image pixels. Simplified: decoding is greedy, one action a
@@ -209,8 +209,8 @@ class Answers(dict):
 # ----------------------------------------------------------------------------------------- methods: query -> action
 
 def all_actions(methods, data, sizes, truth, config, args, answers):
-    """{method: [Q] Action}, with those whose boxes it takes; for best16 "sample 0" to "sample 15". What is decided by
-    scores is missing: rules, and what is best in hindsight."""
+    """{method: [Q] Action}, with those whose boxes it takes. What scores decide is missing: rules, and what is best in
+    hindsight."""
     needed = {*methods, *(BOX_OF[name] for name in methods if name in BOX_OF)}
     if "random" in methods:  # needs the learned policy's boxes even where its row is not asked for
         needed |= {"policy", "always"}
@@ -221,8 +221,6 @@ def all_actions(methods, data, sizes, truth, config, args, answers):
         if asking:
             policy = open_policy(name, config, args, trained=bool(set(asking) & set(NEED_ADAPTER)))
             actions |= model_actions(policy, asking, data, sizes, args, answers)
-            if "best16" in methods and "always" in asking:
-                actions |= sampled_actions(policy, data, sizes, args, answers)
             del policy  # before the second comes: two of them and the scorer need not fit together
     if "center" in methods:
         low, high = (1 - args.center_fraction) / 2, (1 + args.center_fraction) / 2
@@ -289,21 +287,6 @@ def model_actions(policy, names, data, sizes, args, answers):
     return actions
 
 
-def sampled_actions(policy, data, sizes, args, answers):
-    """{"sample k": [Q] Action}: the boxes that the learned policy draws with REGION forced, a query's in one tree."""
-    todo = [i for i, size in enumerate(sizes) if size and ("sampled", i) not in answers]
-    step = max(1, args.batch_size // BOXES)  # so many answers at once as in the other passes: memory
-    for start in tqdm(range(0, len(todo), step), desc="sample", unit="batch", disable=None):
-        batch = todo[start:start + step]
-        prompts = policy.prompts(open_images(data, batch), [data.queries[i].question for i in batch])
-        with policy.adapter(True):
-            groups = policy.rollout(prompts, [["REGION"] * BOXES] * len(batch), args.decode,
-                                    seeds=[(args.seed, i) for i in batch])
-        answers.add({("sampled", i): [one.action.box for one in group] for i, group in zip(batch, groups)})
-    boxes = [answers.get(("sampled", i), [None] * BOXES) for i in range(len(sizes))]
-    return {f"sample {k}": [region(drawn[k] and tuple(drawn[k])) for drawn in boxes] for k in range(BOXES)}
-
-
 def region(box):
     """REGION with this box, by no model; FULL where there is no box."""
     return Action("REGION", box, None, "") if box else FULL_IMAGE
@@ -335,13 +318,27 @@ def best_of(lists, seen, labels):
     return [lists[k][i] for i, k in enumerate(np.argmin(ranks, axis=0))]
 
 
-def hindsight(methods, actions, seen, labels):
-    """{method: [Q] Action} of those among `methods` that choose by the result."""
-    boxes = {name: [BOX_OF[name]] for name in ("base_best", "learned_best", "oracle") if name in methods}
-    if "best16" in methods:
-        boxes["best16"] = [name for name in actions if name in ("always", "truth") or name.startswith("sample ")]
-    return {name: best_of([actions["full"], *(actions[box] for box in listed)], seen, labels)
-            for name, listed in boxes.items()}
+def ceiling(data, scorer, actions, seen, sizes, config, args, answers):
+    """best16: [Q] Action; the scores of its views are added to `seen`. The learned policy draws boxes, a query's in one
+    tree, only where they can matter: where neither the full image nor the likeliest or true box puts a positive first.
+    """
+    labels = np.asarray(data.labels)
+    best = best_of([actions[name] for name in ("full", "always", "truth") if name in actions], seen, labels)
+    rank = metrics(view_scores(best, seen), labels, ks=())["rank"]  # [Q]
+    open_ones = [i for i in np.flatnonzero((rank > 1) & labels.any(1)).tolist() if sizes[i]]
+    todo = [i for i in open_ones if ("drawn", i) not in answers]
+    policy = open_policy(args.policy or config.get("policy"), config, args, trained=True) if todo else None
+    step = max(1, args.batch_size // BOXES)  # so many answers at once as in the other passes: memory
+    for start in tqdm(range(0, len(todo), step), desc="draw", unit="batch", disable=None):
+        batch = todo[start:start + step]
+        prompts = policy.prompts(open_images(data, batch), [data.queries[i].question for i in batch])
+        groups = policy.rollout(prompts, [["REGION"] * BOXES] * len(batch), args.decode,
+                                seeds=[(args.seed, i) for i in batch])
+        answers.add({("drawn", i): [one.action.box for one in group] for i, group in zip(batch, groups)})
+    drawn = [[region(answers["drawn", i][k] and tuple(answers["drawn", i][k])) if i in open_ones else FULL_IMAGE
+              for i in range(len(data))] for k in range(BOXES)]
+    seen.update(score_views(data, scorer, dict(enumerate(drawn)), args.batch_size)[0])
+    return best_of([best, *drawn], seen, labels)
 
 
 def fit_rules(rules, scorer, config, args, key):
@@ -586,7 +583,11 @@ def evaluate(args):
         for rule, values in about["rules"].items():
             actions[rule] = [box if i in truth and truth[i][RULES[rule]] in values else FULL_IMAGE
                              for i, box in enumerate(actions[BOX_OF[rule]])]
-        actions |= hindsight(methods, actions, seen, np.asarray(data.labels))
+        for name in ("base_best", "learned_best", "oracle"):
+            if name in methods:
+                actions[name] = best_of([actions["full"], actions[BOX_OF[name]]], seen, np.asarray(data.labels))
+        if "best16" in methods:
+            actions["best16"] = ceiling(data, scorer, actions, seen, sizes, config, args, answers)
         rows = {}
         for name in methods:
             seconds = []  # loading images and searching the pool are not counted
