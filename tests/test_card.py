@@ -20,7 +20,7 @@ def test_card_by_hand():
     text = card.card(CONFIG, METRICS, MANIFEST, "mit")
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == "org/base: 3B" and head["license"] == "mit" and head["library_name"] == "peft"
-    assert "| full | 0.500 | 0.250 | 10.0 | 20.0 | - | 0.750 | 0.0 |" in text
+    assert "| full | 0.500 | 0.250 | 0.100 | 0.200 | - | 0.750 | 0.0 |" in text
     assert "7 queries, 4 with a right answer among their 20 candidates" in text
     assert "* test: 9 rows read, 7 kept, 4 with a right answer in the pool" in text
     assert "| lr | `5e-05` |" in text and "| std | `false` |" in text

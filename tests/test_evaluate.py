@@ -216,13 +216,18 @@ def test_ranks_rows_and_numbers_by_hand(world):
     assert gaps == pytest.approx({
         "full": 0, "zeroshot": 0, "zeroshot_always": 0, "noun_rule": .5, "clutter_rule": .5, "base_best": .5, "always": 0,
         "policy": .5, "learned_best": .5, "truth": .5, "oracle": 1, "best16": 1})
-    assert policy["crop_rate"] == 3 / 4 and always["crop_rate"] == 1 and full["crop_rate"] == 0
+    # Of q0, q1, q3: in q2, without a positive, nothing can be right or wrong. oracle and policy are told apart by it.
+    assert policy["crop_rate"] == 2 / 3 and always["crop_rate"] == 1 and full["crop_rate"] == 0
+    assert result["methods"]["oracle"]["crop_rate"] == 2 / 3 and result["methods"]["base_best"]["crop_rate"] == 1 / 3
     # Table 4, without q2. Rank 1: q1 alone, kept. Rank > 1: q0 helped, q3 cropped for nothing.
     assert policy["table4"]["rank=1"] == {"n": 1, "crop_rate": 0, "help": 0, "hurt": 0, "no_change": 1}
     assert policy["table4"]["rank>1"] == {"n": 2, "crop_rate": 1, "help": .5, "hurt": 0, "no_change": .5}
     assert always["table4"]["rank=1"]["hurt"] == 1
-    # IoU of the cropped boxes that have a truth: q0 1, q3 (left for right) 0; always also q1 with 1.
-    assert policy["mean_iou"] == 1 / 2 and always["mean_iou"] == pytest.approx(2 / 3) and full["mean_iou"] is None
+    # IoU on q0 and q3 for every row, cropped or not: left is right for q0 (1) and wrong for q3 (0).
+    assert {name: row["mean_iou"] for name, row in result["methods"].items() if name != "random"} == {
+        "full": None, "center": pytest.approx(512 / (1024 + 2048 - 512)), **dict.fromkeys((
+            "zeroshot", "zeroshot_always", "noun_rule", "clutter_rule", "base_best", "always", "policy",
+            "learned_best"), 1 / 2), "truth": 1, "oracle": 1, "best16": 1}
     assert (result["K"], result["queries"], result["with_positive"]) == (4, 4, 3)
     assert (result["seed"], result["training_seed"], result["decode"]) == (0, 5, "grammar")
 
@@ -234,7 +239,7 @@ def test_ranks_rows_and_numbers_by_hand(world):
     assert [row["p_region"] for row in rows] == SAYS  # exact for FULL as well, though REGION was forced to learn it
     assert [row["full_rank"] for row in rows] == [2, 1, 5, 3]
     assert [row["labels"] for row in rows] == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
-    assert [row["iou"] for row in rows] == [1, None, None, 0]
+    assert [row["iou"] for row in rows] == [1, 1, None, 0]  # of q1 it would have taken the left, as asked
     assert q0["margin"] == pytest.approx(1 - 2**-.5, abs=1e-3)        # red 1, purple .7071
     assert q0["full_margin"] == pytest.approx(2**-.5 - 1, abs=1e-3)   # the other way round
     assert q2["margin"] is None and q2["positives"] == ["https://w/elsewhere"] and q2["kind"] is None
@@ -277,16 +282,17 @@ def test_printed_tables(world, capsys):
         assert any(words in line for line in lines)
     found = {line.split()[0]: line.split() for line in reversed(lines) if line.startswith(ALL)}  # its first line
     assert set(ALL) <= set(found)
-    # MRR (1 + 1 + 0 + 1/3) / 4, NDCG (1 + 1 + 0 + 1/2) / 4, R@1 in per cent as in the paper, CondR@1 as a share.
-    assert found["policy"] == ["policy", *"0.583 0.625 50.0 75.0 75.0 75.0 | 0.667 1.000 1.000 | 75.0 0 0.50 50.0".split()]
+    # MRR (1 + 1 + 0 + 1/3) / 4, NDCG (1 + 1 + 0 + 1/2) / 4, R@1 and CondR@1 both as shares.
+    assert found["policy"] == [
+        "policy", *"0.583 0.625 0.500 0.750 0.750 0.750 | 0.667 1.000 1.000 | 66.7 0 0.50 50.0".split()]
     assert found["full"][-4:] == ["0.0", "0", "-", "0.0"]
     # The layout, digit by digit: whoever reads these tables by a program may go by columns.
     for line in (
-            f"{'':36}Table 1{'':22}|{'':10}Table 2{'':12}|{'what it did':^33}",
+            f"{'':16}{'Table 1: all queries':^48} |{'Table 2: with a positive':^28} |{'what it did':^33}",
             "method               MRR    NDCG     R@1     R@5    R@10    R@20 |  CondR@1  CondR@5 CondR@10  |"
             "  crop % bad text    IoU  gap %",
-            "policy              0.47    0.48    44.7    48.2    49.9    50.8 |     0.90     0.95     0.98  |",
-            "policy              0.71    0.73    66.5    78.2    80.2    81.7 |     0.81     0.96     0.98  |",
+            "policy              0.47    0.48   0.447   0.482   0.499   0.508 |     0.90     0.95     0.98  |",
+            "policy              0.71    0.73   0.665   0.782   0.802   0.817 |     0.81     0.96     0.98  |",
             f"Table 4         {'original rank=1, n = 1':^44}{'original rank>1, n = 2':^44}",
             "policy                  0.0        0.0        0.0      100.0      100.0       50.0        0.0       50.0"
     ):
@@ -340,7 +346,8 @@ def test_malformed_falls_back_to_full_and_is_counted(world):
     loaded.policy.p_region = [None, .1, .8, None]
     result = run_main(arguments, "--decode", "free", "--methods", "full,policy,always")
     assert ranks(arguments, "policy") == ranks(arguments, "full")
-    assert result["methods"]["policy"]["malformed"] == 2 and result["methods"]["policy"]["crop_rate"] == 1 / 4
+    assert result["methods"]["policy"]["malformed"] == 2
+    assert result["methods"]["policy"]["crop_rate"] == 0  # q2 alone, whose pool has no positive
     first = rows_of(arguments, "policy")[0]
     assert first["decision"] == "MALFORMED" and first["text"] == "a box, perhaps"  # counted, not renamed FULL
     assert loaded.policy.passes == 4 + 4  # in free text a decision is a pass of its own
@@ -544,7 +551,7 @@ def test_answers_of_another_model_are_not_taken(world, tmp_path, capsys, change)
         config = read_json(tmp_path / "run" / "config.json", "")
         write_json(tmp_path / "run" / "config.json", {**config, "system_prompt": "another"})
     run_main(arguments, "--batch-size", "2", "--methods", "policy", *((change, more[change]) if change in more else ()))
-    assert loaded.policy.passes == 2 + (0 if change == "--policy" else 4) and "begun anew" in capsys.readouterr().out
+    assert loaded.policy.passes == 2 + {"--policy": 0, "--decode": 8}.get(change, 4) and "begun anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["missing", "broken"])

@@ -76,8 +76,8 @@ def test_other_scorer_against_the_plain_way(rows, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{'Table 6':44}" + "".join(f"{c:>9}" for c in rescore.COLUMNS)
     # By hand: the rows of evaluate.py rank 2, 1, 5, 3 and 1, 1, 5, 3.
-    assert lines[1].split() == ["full", "colours", "25.0", "75.0", "75.0", "0.333", "1.000", "1.000"]
-    assert lines[3].split() == ["policy", "colours", "50.0", "75.0", "75.0", "0.667", "1.000", "1.000"]
+    assert lines[1].split() == ["full", "colours", "0.250", "0.750", "0.750", "0.333", "1.000", "1.000"]
+    assert lines[3].split() == ["policy", "colours", "0.500", "0.750", "0.750", "0.667", "1.000", "1.000"]
     assert [line.split()[:2] for line in lines[4:7]] == [[name, "blind"] for name in ("full", "zeroshot", "policy")]
 
 
@@ -200,19 +200,20 @@ def test_regions_against_true_boxes(rows, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Table 7            crops     IoU  containment   target: true boxes"
     assert lines[1:3] == [f"{'always':16}       3    0.67         0.67", f"{'policy':16}       2    0.50         0.50"]
-    # By kind: q1 is the landmark, q0 and q3 the species; the true box fixes both species and spoils the landmark.
+    # By kind: q1 is the landmark, q0 and q3 the species; the true box fixes both species and spoils the landmark, which
+    # the full image ranks first: no crop is asked for, so its box does not count.
     heads = "  CondR@1   crop %      IoU   help %   hurt %"
     assert lines[4:6] == [f"by kind         {'landmark, n = 1':^46}{'species, n = 2':^46}", " " * 16 + 2 * heads]
     found = {line.split()[0]: line.split()[1:] for line in lines[6:]}
     assert list(found) == [*ALL]
-    assert found["always"] == "0.000 100.0 1.00 0.0 100.0 0.500 100.0 0.50 50.0 0.0".split()
-    assert found["truth"] == "0.000 100.0 1.00 0.0 100.0 1.000 100.0 1.00 100.0 0.0".split()
+    assert found["always"] == "0.000 100.0 - 0.0 100.0 0.500 100.0 0.50 50.0 0.0".split()
+    assert found["truth"] == "0.000 100.0 - 0.0 100.0 1.000 100.0 1.00 100.0 0.0".split()
     assert found["full"] == "1.000 0.0 - 0.0 0.0 0.000 0.0 - 0.0 0.0".split()
 
 
 def test_kind_of_a_query_without_a_positive(rows, tmp_path, capsys):
     """One kind, the right half true everywhere: of four crops to the left (IoU 0) three are of queries with a positive,
-    and one of these three ranks it first."""
+    and one of these three ranks it first. The box of q2, which has none and is right (IoU 1), counts nowhere."""
     facts = [json.dumps({"image": f"q{i}.png", "box": RIGHT if i != 2 else LEFT, "kind": "x"}) for i in range(4)]
     (tmp_path / "raw" / "truth.jsonl").write_text("\n".join(facts))
     run_main(rows[0])
@@ -221,7 +222,7 @@ def test_kind_of_a_query_without_a_positive(rows, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"{'by kind':16}{'x, n = 3':^46}" in lines
     always = next(line for line in reversed(lines) if line.startswith("always"))
-    assert always.split()[1:] == ["0.333", "100.0", "0.25", "33.3", "33.3"]  # the IoU is of all four
+    assert always.split()[1:] == ["0.333", "100.0", "0.00", "33.3", "33.3"]
 
 
 def test_no_targets_at_all(rows, tmp_path, capsys):
@@ -416,8 +417,8 @@ def test_retrieval_by_hand(rows, capsys):
     assert found[0]["scores"] == pytest.approx([1, 2**-.5, 0, 0], abs=1e-3)  # red, purple, then blue and green
     assert list(found[0]) == ["query_id", "positives", "decision", "labels", "scores", "rank", "full_rank"]
     assert capsys.readouterr().out.splitlines() == ["Table 8              R@1     R@5    R@10    R@20",
-                                                    "full                25.0    75.0    75.0    75.0",
-                                                    "policy              50.0    75.0    75.0    75.0"]
+                                                    "full               0.250   0.750   0.750   0.750",
+                                                    "policy             0.500   0.750   0.750   0.750"]
 
 
 def test_retrieval_needs_positives_and_the_datas_scorer(rows, tmp_path, monkeypatch):
@@ -462,7 +463,7 @@ def test_run_file_by_hand_and_by_trec_eval(rows, tmp_path, capsys):
     assert ("Their-1: 3 queries from their.trec; not matched: queries missing 1, candidates missing 4, outside pool 1, "
             "queries unknown 0") in printed
     # MRR (1 + 1/3 + 0 + 1) / 4; R@1 of 2 in 4 queries, CondR@1 of 2 in 3.
-    assert "Their-1            0.583   0.625    50.0    75.0    75.0    75.0 |    0.667    1.000    1.000  |" in printed
+    assert "Their-1            0.583   0.625   0.500   0.750   0.750   0.750 |    0.667    1.000    1.000  |" in printed
 
     with open(folder / "test.qrels") as file:
         evaluator = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(file), {"recip_rank", "ndcg", "recall.1,5"})
@@ -506,6 +507,6 @@ def test_curve_goes_through_the_policys_own_choice(rows):
     first, *others = rows_of(rows[0], "always")
     evaluate.write_rows(path, [{**first, "decision": "MALFORMED", "box": None}, *others])  # q0 has p and nothing to crop
     run = report.open_run(report.parse_args(["--run", rows[0][3], "--resamples", "100"]))
-    assert run.curve["policy"][0]["crop_rate"] == 3 / 4
+    assert run.curve["policy"][0]["crop_rate"] == 2 / 3  # of q0, q1, q3
     run_main(rows[0], "--methods", "policy")  # no forced boxes
     assert not report.open_run(report.parse_args(["--run", rows[0][3], "--resamples", "100"])).curve

@@ -17,8 +17,8 @@ from policy import SYSTEM_PROMPT
 from scorer import InputError, read_json, replacing
 
 ROWS = ("full", "random", "center", "zeroshot", "policy", "best16")
-COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1 %", "R@5": "R@5 %", "CondR@1": "CondR@1", "CondR@5": "CondR@5",
-           "crop_rate": "crop %"}  # field of metrics.json: what stands above it; recalls in per cent, as the paper
+COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1", "R@5": "R@5", "CondR@1": "CondR@1", "CondR@5": "CondR@5",
+           "crop_rate": "crop %"}  # field of metrics.json: what stands above it
 # Arguments that say how a run was trained; the rest is where and how fast.
 METHOD = ("policy_dtype", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight",
           "std", "std_floor", "decode", "temperature", "reward", "reward_weights", "eta", "encouragement",
@@ -46,8 +46,8 @@ def results(metrics):
     if not metrics:
         return ["Not evaluated yet: `python evaluate.py` writes the numbers that would stand here."]
     lines = [f"{metrics['split']} split, {metrics['queries']} queries, {metrics['with_positive']} with a right answer "
-             f"among their {metrics['K']} candidates, scorer `{metrics['scorer']}`; a miss counts 0, CondR@K is over "
-             "the latter.",
+             f"among their {metrics['K']} candidates, scorer `{metrics['scorer']}`; a miss counts 0, CondR@K and "
+             "crop % are over the latter.",
              "", "| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in ROWS:
         if row := metrics["methods"].get(name):

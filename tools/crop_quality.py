@@ -153,8 +153,8 @@ def quality(data, actions, targets, verdicts):
 
 
 def kind_table(rows):
-    """Lines: what each method does with each kind of query, of those whose pool holds the positive; none where the data
-    names no kinds."""
+    """Lines: what each method does with each kind of query, of those whose pool holds the positive (IoU: where the full
+    image does not rank it first); none where the data names no kinds."""
     kinds, lines = sorted({row["kind"] for row in rows["full"]} - {None}), []
     for name, listed in rows.items():
         lines.append(f"{name:16}")
@@ -162,7 +162,7 @@ def kind_table(rows):
             held = [row for row in listed if row["kind"] == kind and any(row["labels"])]
             lines[-1] += (cells([mean(row["rank"] == 1 for row in held)], 9, ".3f")
                           + cells([mean(row["decision"] == "REGION" for row in held)], 9, "%")
-                          + cells([mean(row["iou"] for row in listed if row["kind"] == kind)], 9, ".2f")
+                          + cells([mean(row["iou"] for row in held if row["full_rank"] > 1)], 9, ".2f")
                           + cells([mean(row["rank"] < row["full_rank"] for row in held),
                                    mean(row["rank"] > row["full_rank"] for row in held)], 9, "%"))
     n = {kind: sum(row["kind"] == kind and any(row["labels"]) for row in rows["full"]) for kind in kinds}

@@ -117,7 +117,7 @@ def curve_plots(run, label):
         run.notes.append("no operating curve: run evaluate.py with `always` among its methods, in the grammar")
         return []
     for measure in ("MRR", "CondR@1"):
-        figure, axes = canvas(f"{measure} against crop rate", "queries that are cropped, %", measure)
+        figure, axes = canvas(f"{measure} against crop rate", "queries with a positive that are cropped, %", measure)
         for name, colour, style in (("zeroshot", GREY, "--"), ("policy", BLUE, "-")):
             points = sorted((p["crop_rate"], p[measure]) for p in run.curve.get(name) or () if not np.isnan(p[measure]))
             if points:

@@ -134,7 +134,8 @@ def keep_own(run):
     for name in [name for name in rows if name.endswith(".quality")]:
         found = {row["query_id"]: row for row in rows.pop(name)}
         for row in rows[name.removesuffix(".quality")]:
-            row |= {fact: found.get(row["query_id"], {}).get(fact) for fact in ("iou", "containment", "judge")}
+            its = found.get(row["query_id"], {})
+            row |= {"crop iou": its.get("iou"), "containment": its.get("containment"), "judge": its.get("judge")}
 
 
 def pools_of(run):
@@ -317,8 +318,8 @@ def ranking_tables(run):
                   [[label(name), *cells(run, name, first), f"{study.values[name]['bad'].sum():.0f}"] for name in names],
                   f"{len(study.clusters)} queries about {study.clusters.max() + 1} entities; every mean is over all of "
                   "them, a query without a positive in its pool counts 0. All methods order the same pools, so R@20 is "
-                  "the same. Intervals are resampled by entity. Bad text: answers that could not be read and left the "
-                  "full image." + more),
+                  "the same. Only crop % is over the queries with a positive, as Table 2. Intervals are resampled by "
+                  "entity. Bad text: answers that could not be read and left the full image." + more),
             Table("table2", "Table 2. Conditional recall", ["method", *map(head, second)],
                   [[label(name), *cells(run, name, second)] for name in names],
                   f"Over the {held} queries whose pool holds a positive (Eq. 10): what re-ranking alone can change.")]
@@ -363,7 +364,8 @@ def kind_table(run):
                          *(shown(mean(values[kinds == kind]), fact) for fact, values in facts)])
     return Table("kinds", "By kind of query", ["kind, method", "queries",
                                                *map(head, ("CondR@1", "crop", "iou", "help", "hurt"))], rows,
-                 "Queries with a positive in the pool; IoU over all crops that have a target.")
+                 "Queries with a positive in the pool. IoU: of the box a method takes, or would take, over those of "
+                 "them that the full image does not rank first.")
 
 
 def extension_table(run):
@@ -398,7 +400,8 @@ def ablation_table(run):
                  ["reading", "seeds", "MRR", "CondR@1", "crop % at rank 1", "at rank > 1", "IoU", "bad text %",
                   "differs from this run in"], rows,
                  "Mean over training seeds, and the standard deviation between seeds after the sign. Two rows "
-                 "whose spreads overlap are not told apart.")
+                 "whose spreads overlap are not told apart. MRR and bad text: all queries; CondR@1 and crop rates: "
+                 "those with a positive, by the full image's rank; IoU: those of rank > 1, of the box taken or not.")
 
 
 def scorer_table(run):
@@ -418,14 +421,16 @@ def quality_table(run):
     """Table 7: overlap of the chosen boxes with the target boxes, and the judge's verdicts where one was asked."""
     def counted(name, fact):
         return int((~np.isnan(run.study.values[name][fact])).sum())
-    names = [name for name in (*CROPPING, "center", "random") if name in run.rows
-             and counted(name, "iou") + counted(name, "judge")]
+    names = [name for name in own_scorer(run) if "+" not in name and any(
+        counted(name, fact) for fact in ("iou", "crop iou", "judge"))]
     judged = ["judge"] if any(counted(name, "judge") for name in names) else []
-    columns = ["iou", "95 iou", "containment", *judged]
-    return Table("table7", "Table 7. Where it crops", ["method", "crops", *map(head, columns)],
-                 [[label(name), str(max(counted(name, "iou"), counted(name, "judge"))), *cells(run, name, columns)]
+    columns = ["crop iou", "containment", *judged, "iou", "95 iou"]
+    return Table("table7", "Table 7. Where it crops", ["method", "crops", "IoU of them", *map(head, columns[1:])],
+                 [[label(name), str(max(counted(name, "crop iou"), counted(name, "judge"))), *cells(run, name, columns)]
                   for name in names],
-                 "Crops against the target's box (the true box in the embedded world, a detector's elsewhere). "
+                 "Left: each method's own crops against the target's box (the true box in the embedded world, a "
+                 "detector's elsewhere), so other queries in each row. IoU: the same queries in each row, those with a "
+                 "positive that the full image does not rank first, and the box that the method takes, or would take. "
                  "Containment is the share of crops that hold the whole target"
                  + ("; judge is the share of the crops asked about that a vision-language model found sufficient for "
                     "the question." if judged else "."))

@@ -84,13 +84,12 @@ def fused(data, rows, actions, args):
 
 
 def table(title, sets):
-    """Lines from {scorer name: {method: rows}}: recalls in per cent, conditional ones as shares."""
+    """Lines from {scorer name: {method: rows}}; R@K is over all queries, CondR@K over those with a positive."""
     lines = [f"{title:44}" + cells(COLUMNS, 9, "")]
     for scorer, rows in sets.items():
         for name in rows:
             means = summary(metrics([row["scores"] for row in rows[name]], [row["labels"] for row in rows[name]]))
-            lines.append(f"{name:16}{scorer:28}" + cells([means[c] for c in COLUMNS[:3]], 9, "%")
-                         + cells([means[c] for c in COLUMNS[3:]], 9, ".3f"))
+            lines.append(f"{name:16}{scorer:28}" + cells([means[c] for c in COLUMNS], 9, ".3f"))
     return lines
 
 

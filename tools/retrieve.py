@@ -55,7 +55,7 @@ def run(args):
                                                                rankings(labels, cosines, cosines), full_rank)]
             write_rows(os.path.join(args.out, "retrieval", f"{args.split}.{name}.jsonl"), listed)
             means = summary(metrics(cosines, labels))
-            lines.append(f"{name:16}" + cells([means[column] for column in COLUMNS], 8, "%"))
+            lines.append(f"{name:16}" + cells([means[column] for column in COLUMNS], 8, ".3f"))
     return lines
 
 

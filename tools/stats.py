@@ -29,10 +29,11 @@ BLOCK = 500  # resamples at a time: BLOCK x C numbers are held, not all 10,000 x
 def measures(rows, full_rows):
     """{measure: float64 [Q]} of one method's rows; NaN = not defined there, so that every mean skips it.
 
-    MRR, NDCG, R@k: all queries. CondR@k: queries whose pool holds a positive (Eq. 10). crop, bad: was a region chosen,
-    was the answer unreadable. For g in "=1", ">1", the full image's rank, over queries with a positive (Table 4):
-    crop g, help g, hurt g, same g. margin, margin gain: of the view, and minus the full image's. iou, containment,
-    judge, seconds, encodes: as they stand in the rows.
+    MRR, NDCG, R@k: all queries. CondR@k: queries whose pool holds a positive (Eq. 10); crop: of them, was a region
+    chosen. bad: was the answer unreadable. For g in "=1", ">1", the full image's rank, over queries with a positive
+    (Table 4): crop g, help g, hurt g, same g. iou: of the box that was taken, or would have been, over >1. margin,
+    margin gain: of the view, and minus the full image's. The rest as it stands in the rows: crop iou, containment and
+    judge are of crops alone.
     """
     per_query = metrics([row["scores"] for row in rows], [row["labels"] for row in rows])
     before = metrics([row["scores"] for row in full_rows], [row["labels"] for row in full_rows], ks=())
@@ -41,17 +42,19 @@ def measures(rows, full_rows):
     for k in (1, 5, 10, 20):
         found[f"R@{k}"] = per_query[f"recall@{k}"]
         found[f"CondR@{k}"] = np.where(held, per_query[f"recall@{k}"], np.nan)
-    found["crop"] = np.array([row["decision"] == "REGION" for row in rows], dtype=np.float64)
+    cropped = np.array([row["decision"] == "REGION" for row in rows], dtype=np.float64)
+    found["crop"] = np.where(held, cropped, np.nan)
     found["bad"] = np.array([row["decision"] == "MALFORMED" for row in rows], dtype=np.float64)
     rank, full_rank = per_query["rank"], before["rank"]
     for group, inside in (("=1", held & (full_rank == 1)), (">1", held & (full_rank > 1))):
-        for name, fact in (("crop", found["crop"]), ("help", rank < full_rank), ("hurt", rank > full_rank),
+        for name, fact in (("crop", cropped), ("help", rank < full_rank), ("hurt", rank > full_rank),
                            ("same", rank == full_rank)):
             found[f"{name} {group}"] = np.where(inside, fact, np.nan).astype(np.float64)
     found["rank"] = rank.astype(np.float64)
     found["margin"], found["margin gain"] = per_query["margin"], per_query["margin"] - before["margin"]
-    for name in ("iou", "containment", "judge", "seconds", "encodes"):
+    for name in ("iou", "crop iou", "containment", "judge", "seconds", "encodes"):
         found[name] = np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
+    found["iou"][~(held & (full_rank > 1))] = np.nan
     return found
 
 
@@ -62,7 +65,8 @@ def entities(rows):
 
 
 def operating_curve(p, full, always):
-    """MRR, CondR@1 and crop rate for every threshold on p(REGION | x): a list of points, or None where no p is known.
+    """MRR, CondR@1 and crop rate (of queries with a positive) for every threshold on p(REGION | x): a list of points,
+    or None where no p is known.
 
     p [Q]: NaN where there is no box to crop to. full, always: measures of the full image and of the forced boxes. At a
     threshold t a query is cropped where p > t, so no model is asked again. Thresholds: 0, 0.5 and 39 quantiles of p,
@@ -73,7 +77,8 @@ def operating_curve(p, full, always):
     points = []
     for threshold in np.unique([0, .5, *np.nanquantile(p, np.linspace(0, 1, 39))]):
         crops = p > threshold  # [Q] a NaN compares false
-        points.append({"threshold": float(threshold), "crop_rate": float(crops.mean()), **{
+        rate = mean(np.where(np.isnan(full["CondR@1"]), np.nan, crops))
+        points.append({"threshold": float(threshold), "crop_rate": rate, **{
             measure: mean(np.where(crops, always[measure], full[measure])) for measure in ("MRR", "CondR@1")}})
     return points
 

@@ -1,7 +1,7 @@
 """Tables of the report: numbers as text in one form each, and a table as text, Markdown and LaTeX.
 
-Recalls and rates are in per cent, MRR, NDCG and CondR@K are fractions, as the paper prints them: a measure has one
-form, in whatever table it stands.
+MRR, NDCG and recalls are fractions, rates (crop, help, hurt ...) are in per cent: a measure has one form, in whatever
+table it stands.
 """
 
 import html
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 FORMS = {  # measure: (times, digits); the rest are fractions with three digits
-    **dict.fromkeys(("R", "crop", "help", "hurt", "same", "bad"), (100, 1)),
+    **dict.fromkeys(("crop", "help", "hurt", "same", "bad"), (100, 1)),
     **dict.fromkeys(("iou", "containment", "judge", "encodes", "d_z"), (1, 2))}
 HEADS = {"same": "no change", "iou": "IoU", "bad": "bad text", "seconds": "s a query", "encodes": "encodes a query"}
 
