@@ -276,9 +276,9 @@ def test_commands_of_the_readme_run(whole, tmp_path):
         ok(run(folder, *command.replace("python", sys.executable, 1).split()))
     assert len((folder / "out.jsonl").read_text().splitlines()) == 12 and (folder / "merged/config.json").exists()
     ok(make(folder, "ablations", "READINGS=default", "SEEDS=0"))
-    ok(make(folder, "tables", "REPORT_FLAGS=--resamples 200", "READINGS=default", "SEEDS=0"))
+    ok(make(folder, "tables", "REPORT_FLAGS=--resamples 2000", "READINGS=default", "SEEDS=0"))
     assert "default" in (folder / "runs/world/report/table5.tex").read_text()
-    ok(make(folder, "report", "card", "REPORT_FLAGS=--resamples 200"))
+    ok(make(folder, "report", "card", "REPORT_FLAGS=--resamples 2000"))
     assert "Region-R1" in (folder / "runs/world/report/report.html").read_text()
     assert "base_model" in (folder / "runs/world/adapter/README.md").read_text()
 

@@ -1,4 +1,4 @@
-"""What can be said of the rows of an evaluation: means, intervals, paired tests, the operating curve. numpy alone.
+"""What can be said of the rows of an evaluation: means, intervals, paired tests, the operating curve. No model.
 
     rows = read_rows("runs/world/eval", "test")                   # {"full": [...], "policy": [...], ...}
     study = Study({name: measures(rows[name], rows["full"]) for name in ("full", "policy")}, entities(rows["full"]))
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rewards import metrics
+from scorer import InputError
 
 BLOCK = 500  # resamples at a time: BLOCK x C numbers are held, not all 10,000 x C
 
@@ -179,23 +180,29 @@ class Study:
 
         d_z: mean difference over its standard deviation between queries. p_holm: corrected over all of `pairs`.
         Where a and b share no query (two groups of queries, so no sign to flip) p is the bootstrap's: how often the
-        order of the two means turns round.
+        order of the two means turns round. InputError where so few resamples could tell nothing: the least p that R of
+        them can give, 1 / (1 + R), or twice that of the bootstrap, times the number of tests must be below .05.
         """
         columns = [(self.values[a[0]][a[1]], self.values[b[0]][b[1]]) for a, b in pairs]  # two [Q] each
         differences = np.stack([x - y for x, y in columns], axis=1) if pairs else np.zeros((len(self.clusters), 0))
-        flipped, found = flip_p(differences, self.clusters, self.resamples, self.seed), []
+        flipped, found, unit = flip_p(differences, self.clusters, self.resamples, self.seed), [], 1
         for (a, b), (x, y), p in zip(pairs, columns, flipped):
             drawn = self.replicates[a] - self.replicates[b]  # [resamples]
             drawn = drawn[~np.isnan(drawn)]
             kept = (x - y)[~np.isnan(x - y)]
             deviation, n = kept.std(ddof=1) if len(kept) > 1 else 0.0, len(kept)
             if not n:
+                unit = 2
                 turned = min((drawn <= 0).sum(), (drawn >= 0).sum())
                 p = min(1.0, 2 * (1 + turned) / (1 + len(drawn))) if len(drawn) else np.nan
                 n = int((~np.isnan(x)).sum() + (~np.isnan(y)).sum())
             low, high = interval(drawn)
             found.append({"difference": mean(kept) if len(kept) else mean(x) - mean(y), "low": low, "high": high,
                           "d_z": float(kept.mean() / deviation) if deviation > 0 else np.nan, "p": float(p), "n": n})
+        tests = sum(not np.isnan(row["p"]) for row in found)
+        if self.resamples < (least := 20 * unit * tests):
+            raise InputError(f"--resamples {self.resamples} is too few for a table of {tests} tests: corrected for "
+                             f"their number, no p could be below .05; give {least} or more")
         for row, corrected in zip(found, holm([row["p"] for row in found])):
             row["p_holm"] = float(corrected)
         return found
