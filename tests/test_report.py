@@ -468,14 +468,24 @@ def test_retrieval_claim():
 # -------------------------------------------------------------------------------------------------------------- tables
 
 def test_ablation_table_by_hand():
-    """MRR .5, .6, .7: mean .6, standard deviation .1; the row says in what it differs."""
+    """MRR .5, .6, .7: mean .6, range .5 to .7; the row says in what it differs. Every query is .2 below the default, so
+    the interval of its mean is a point, and p as small as 2,000 flips of 60 entities can make it, 1 / 2001."""
     run = run_of(paper_like(), args={"seed": 0, "reward_weights": [.2, .2, .2, .4], "balance": "force"})
-    run.ablations = [ablation("plain", s, np.full(3, m), balance="none") for s, m in enumerate((.5, .6, .7))]
-    run.ablations.append(ablation("default", 0, np.full(3, .8), balance="force"))
-    rows = report.ablation_table(run).rows
-    assert rows[0][:5] == ["plain", "3", "0.600 ± 0.100", "0.600 ± 0.100", "50.0 ± 0.0"]
-    assert rows[0][-1] == "balance none"
-    assert rows[1][:3] == ["default", "1", "0.800"] and rows[1][-1] == "as this run"
+    run.ablations = [ablation("plain", s, np.full(60, m), balance="none") for s, m in enumerate((.5, .6, .7))]
+    run.ablations.append(ablation("default", 0, np.full(60, .8), balance="force"))
+    run.ablations[3].log = [{"step": -1, "val_mrr": .2}, {"step": 9, "val_mrr": .6}, {"step": 19, "val_mrr": .6}]
+    run.ablations[0].log = [{"step": -1, "val_mrr": .2}, {"step": 19, "val_mrr": .4}]
+    table = report.ablation_table(run)
+    assert table.rows[0][:8] == ["plain", "3", "0.600 (0.500-0.700)", "[0.600, 0.600]", "-0.200", "< 0.001",
+                                 "0.600 (0.500-0.700)", "50.0 (50.0-50.0)"]
+    # The curve's height is .3 on average. The threshold .2 + .9 (.6 - .2) = .56 is not reached; the default is at it
+    # after 9 of the 10 steps from .2 to .6, and its height is .4 for ten steps, then .6.
+    assert table.rows[0][-3:] == ["0.300, 2 without", "-", "balance none"]
+    assert table.head[4] == "- default" and table.head[-2] == "steps to 0.560"
+    assert table.rows[1] == ["default", "1", "0.800", "[0.800, 0.800]", "-", "-", "0.800", "50.0", "50.0", "0.50", "50.0",
+                             "0.500", "9", "as this run"]
+    run.ablations.pop()  # no reading is as this run: it is this run's own rows that the others are held against
+    assert report.ablation_table(run).head[4] == "- this run"
 
 
 def test_cost_table_by_hand():

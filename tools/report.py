@@ -23,8 +23,10 @@ from rewards import metrics
 from scorer import InputError, load_data, read_json, replacing, write_json
 from tools import plots
 from tools.rows import check_same, read_lines, read_metrics, read_rows
-from tools.stats import Study, entities, mean, measures, operating_curve
-from tools.tables import Table, as_latex, as_markdown, as_text, form, head, p_text, plain, shown, span
+from tools.stats import (
+    Study, curve_numbers, entities, mean, measures, nine_tenths, operating_curve, pooled,
+)
+from tools.tables import Table, as_latex, as_markdown, as_text, head, p_text, plain, ranged, shown, span
 
 LABELS = {  # methods in the order of the paper's Table 1; a method that is not here goes by its own name
     "full": "full image", "random": "random box", "center": "center box", "zeroshot": "zero-shot policy",
@@ -85,6 +87,7 @@ class Ablation:
     seed: int
     args: dict      # arguments of train.py
     values: dict    # {measure: [Q]} of its `policy` rows
+    log: list = field(default_factory=list)          # lines of its log.jsonl
 
 
 def open_run(args):
@@ -106,7 +109,7 @@ def open_run(args):
     read_ablations(run)
     for name, runs in zip(("with margin", "without margin"), margin_runs(run)):
         if runs:
-            values[name] = {"MRR": np.mean([ablation.values["MRR"] for ablation in runs], axis=0)}  # [Q] over seeds
+            values[name] = {"MRR": pooled([ablation.values for ablation in runs])["MRR"]}  # [Q]
     run.study = Study(values, entities(full), args.resamples, args.seed)
     for name, forced in (("policy", "always"), ("zeroshot", "zeroshot_always")):
         if forced in run.rows:
@@ -165,8 +168,10 @@ def read_ablations(run):
         rows = read_rows(evaluated, run.args.split, ("policy",))["policy"]
         check_same(rows, pools_of(run), f"{evaluated}/{run.args.split}.policy.jsonl")
         args = read_json(os.path.join(folder, "config.json"), "train the run again")["args"]
+        log = os.path.join(folder, "log.jsonl")
         run.ablations.append(Ablation(re.sub(r"-seed\d+$", "", name), args.get("seed", 0), args,
-                                      measures(rows, run.rows["full"])))
+                                      measures(rows, run.rows["full"]),
+                                      read_lines(log, ("step",)) if os.path.isfile(log) else []))
 
 
 def margin_runs(run):
@@ -385,28 +390,43 @@ def extension_table(run):
 
 
 def ablation_table(run):
-    """Table 5: a row a reading, mean and spread over its seeds."""
-    def spread(values, measure):
-        times, digits = form(measure)
-        kept = np.array([v for v in values if not np.isnan(v)])
-        more = f" ± {kept.std(ddof=1) * times:.{digits}f}" if len(kept) > 1 else ""
-        return shown(kept.mean(), measure) + more if len(kept) else "-"
-
+    """Table 5: a row a reading. Chance has two sources: another seed (the range) and other queries (the interval)."""
     main, groups, rows = run.config.get("args", {}), {}, []
-    columns = ("MRR", "CondR@1", "crop =1", "crop >1", "iou", "bad")
     for ablation in run.ablations:
         groups.setdefault(ablation.reading, []).append(ablation)
+    differs = {reading: [f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                         for key, value in runs[0].args.items()
+                         if key not in ("seed", *NO_WEIGHT) and main.get(key) != value]
+               for reading, runs in groups.items()}
+    own = next((reading for reading, found in differs.items() if not found), "this run")
+    values = {reading: pooled([a.values for a in runs]) for reading, runs in groups.items()}
+    if own not in values and "policy" in run.rows:
+        values[own] = run.study.values["policy"]
+    study = Study({name: {"MRR": found["MRR"]} for name, found in values.items()}, run.study.clusters,
+                  run.study.resamples, run.study.seed) if groups else None
+    tested = [reading for reading in groups if own in values and reading != own]
+    tested = dict(zip(tested, study.compare([((r, "MRR"), (own, "MRR")) for r in tested]) if tested else []))
+    threshold = nine_tenths([a.log for a in groups[own]] if own in groups else [run.log])
     for reading, runs in groups.items():
-        differs = [f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-                   for key, value in runs[0].args.items() if key not in ("seed", *NO_WEIGHT) and main.get(key) != value]
-        rows.append([reading, str(len(runs)), *(spread([mean(a.values[m]) for a in runs], m) for m in columns),
-                     ", ".join(differs) or "as this run"])
+        test = tested.get(reading, {"difference": np.nan, "p_holm": np.nan})
+        curves = [curve_numbers(a.log, threshold or np.nan) for a in runs]
+        rows.append([reading, str(len(runs)), ranged([mean(a.values["MRR"]) for a in runs], "MRR"),
+                     span(study.interval(reading, "MRR"), "MRR"), shown(test["difference"], "MRR", True),
+                     p_text(test["p_holm"]), *(ranged([mean(a.values[m]) for a in runs], m)
+                                               for m in ("CondR@1", "crop =1", "crop >1", "iou", "bad")),
+                     *(ranged([found[name] for found in curves], form) for name, form in (("area", "MRR"),
+                                                                                         ("steps", "steps"))),
+                     ", ".join(differs[reading]) or "as this run"])
+    to = "a threshold" if threshold is None else f"{threshold:.3f}"
     return Table("table5", "Table 5. Ablations",
-                 ["reading", "seeds", "MRR", "CondR@1", "crop % at rank 1", "at rank > 1", "IoU", "bad text %",
-                  "differs from this run in"], rows,
-                 "Mean over training seeds, and the standard deviation between seeds after the sign. Two rows "
-                 "whose spreads overlap are not told apart. MRR and bad text: all queries; CondR@1 and crop rates: "
-                 "those with a positive, by the full image's rank; IoU: those of rank > 1, of the box taken or not.")
+                 ["reading", "seeds", "MRR", "95 %", f"- {own}", "p (Holm)", "CondR@1", "crop % at rank 1",
+                  "at rank > 1", "IoU", "bad text %", "validation area", f"steps to {to}", "differs from this run in"],
+                 rows, "Mean over training seeds, in brackets the range of the seeds. 95 %: resampled by entity, a "
+                 f"query's value being its mean over the seeds, and so for the paired test against {own}. p knows "
+                 "nothing of the training: two rows whose ranges overlap are not told apart. MRR and bad text: all "
+                 "queries; CondR@1 and crop rates: those with a positive, by the full image's rank; IoU: those of "
+                 "rank > 1, of the box taken or not. Validation area: mean height of the curve of the validation MRR; "
+                 f"steps: to {to}, nine tenths of the way from its start to its end.")
 
 
 def scorer_table(run):

@@ -84,6 +84,41 @@ def operating_curve(p, full, always):
     return points
 
 
+# ------------------------------------------------------------------------------------------- several runs of a reading
+
+def pooled(runs):
+    """{measure: [Q]} of several runs of one reading: each query's mean over them. runs: their measures. NaN where the
+    measure is not defined in one of them: every run must be measured on the same queries."""
+    return {measure: np.mean([run[measure] for run in runs], axis=0) for measure in runs[0]}
+
+
+def validation_curve(log):
+    """(steps [V], validation MRR [V]) of the lines of a log.jsonl. Step -1 is the policy before training, at 0; the
+    validation of step k came after k + 1 steps."""
+    points = {line["step"] + 1: line["val_mrr"] for line in log if line.get("val_mrr") is not None}
+    return np.array(sorted(points), dtype=float), np.array([points[step] for step in sorted(points)], dtype=float)
+
+
+def curve_numbers(log, threshold):
+    """{end, area, steps} of a run's validation MRR, NaN where there is no curve. end: the last value. area: the curve's
+    mean height. steps: when it first reaches the threshold, NaN where it never does. By straight lines between points.
+    """
+    x, y = validation_curve(log)
+    if len(x) < 2:
+        return dict.fromkeys(("end", "area", "steps"), np.nan)
+    area, steps = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]), np.nan
+    if (above := np.flatnonzero(y >= threshold)).size:
+        k = above[0]
+        steps = x[k] if k == 0 else x[k - 1] + (threshold - y[k - 1]) / (y[k] - y[k - 1]) * (x[k] - x[k - 1])
+    return {"end": float(y[-1]), "area": float(area), "steps": float(steps)}
+
+
+def nine_tenths(logs):
+    """The validation MRR nine tenths of the way from start to end, on average over runs; None without a curve."""
+    curves = [y for _, y in map(validation_curve, logs) if len(y) > 1]
+    return float(np.mean([y[0] + .9 * (y[-1] - y[0]) for y in curves])) if curves else None
+
+
 # --------------------------------------------------------------------------------------------------------- statistics
 
 def mean(values):

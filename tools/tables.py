@@ -13,7 +13,7 @@ import pandas as pd
 
 FORMS = {  # measure: (times, digits); the rest are fractions with three digits
     **dict.fromkeys(("crop", "help", "hurt", "same", "bad"), (100, 1)),
-    **dict.fromkeys(("iou", "containment", "judge", "encodes", "d_z"), (1, 2))}
+    **dict.fromkeys(("iou", "containment", "judge", "encodes", "d_z"), (1, 2)), "steps": (1, 0)}
 HEADS = {"same": "no change", "iou": "IoU", "bad": "bad text", "seconds": "s a query", "encodes": "encodes a query"}
 
 
@@ -42,6 +42,16 @@ def shown(value, measure="", sign=False):
 def span(bounds, measure="", sign=False):
     """An interval for a cell: [low, high]."""
     return "-" if np.isnan(bounds[0]) else f"[{shown(bounds[0], measure, sign)}, {shown(bounds[1], measure, sign)}]"
+
+
+def ranged(values, measure=""):
+    """Mean and range of one number a run: 0.905 (0.900-0.918); a run without it is left out, and counted."""
+    kept = np.array([value for value in values if not np.isnan(value)])
+    if not kept.size:
+        return "-"
+    ends = f" ({shown(kept.min(), measure)}-{shown(kept.max(), measure)})" if len(kept) > 1 else ""
+    lost = f", {len(values) - len(kept)} without" if len(kept) < len(values) else ""
+    return shown(kept.mean(), measure) + ends + lost
 
 
 def p_text(p):
