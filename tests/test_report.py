@@ -289,7 +289,7 @@ def test_rows_are_read_by_name(copy):
                                       "policy+fuse"]
     asked = [i % 2 == 0 for i, row in enumerate(found["policy"]) if row["box"]]
     # Of tools/crop_quality.py, beside what evaluate.py measured itself.
-    assert run.study.mean("policy", "crop iou") == .75 != run.study.mean("policy", "iou") and run.notes == []
+    assert run.study.mean("policy", "iou crops") == .75 != run.study.mean("policy", "iou") and run.notes == []
     assert run.study.mean("policy", "judge") == pytest.approx(np.mean(asked))
 
 
@@ -337,7 +337,7 @@ def test_rows_of_an_earlier_evaluation_are_left_out(copy):
     assert not {"center", "policy+fuse", "policy@clip", "retrieval/policy"} & found["means"].keys()
     assert {note.split(":")[0] for note in found["notes"] if "earlier evaluation" in note} == {
         "center", "policy+fuse", "policy@clip", "policy.quality", "retrieval/policy"}
-    assert found["means"]["policy"]["crop iou"]["mean"] is None
+    assert found["means"]["policy"]["iou crops"]["mean"] is None
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -498,6 +498,18 @@ def test_cost_table_by_hand():
     assert table.rows == [["gpu", "H100", "64", "grammar", "8", "0.500", "2.00", "3000"]]
     assert "random weights" in table.title and "random weights" in table.caption and "1,000" not in table.caption
     assert table.head[2] == "image tokens"
+
+
+def test_quality_table_by_hand():
+    """The policy's own crops are of two queries, IoU .9 and .7; the box it takes or would take has .5 where a crop could
+    help. The rule's crops were not looked at."""
+    nothing = {name: [np.nan] * 3 for name in ("iou crops", "containment", "judge")}
+    run = run_of({"policy": {"iou crops": [.9, .7, np.nan], "containment": [1, 0, np.nan], "judge": [np.nan] * 3,
+                             "iou": [np.nan, .4, .6]}, "noun_rule": {**nothing, "iou": [np.nan, .2, .4]}})
+    table = report.quality_table(run)
+    assert table.head == ["method", "crops", "IoU of them", "containment", "IoU", "95 %"]
+    assert [row[:5] for row in table.rows] == [["learned policy", "2", "0.80", "0.50", "0.50"],
+                                               ["noun rule", "-", "-", "-", "0.30"]]
 
 
 def test_behaviour_table_by_hand():

@@ -139,7 +139,7 @@ def keep_own(run):
         found = {row["query_id"]: row for row in rows.pop(name)}
         for row in rows[name.removesuffix(".quality")]:
             its = found.get(row["query_id"], {})
-            row |= {"crop iou": its.get("iou"), "containment": its.get("containment"), "judge": its.get("judge")}
+            row |= {"iou crops": its.get("iou"), "containment": its.get("containment"), "judge": its.get("judge")}
 
 
 def pools_of(run):
@@ -447,15 +447,16 @@ def quality_table(run):
     def counted(name, fact):
         return int((~np.isnan(run.study.values[name][fact])).sum())
     names = [name for name in own_scorer(run) if "+" not in name and any(
-        counted(name, fact) for fact in ("iou", "crop iou", "judge"))]
+        counted(name, fact) for fact in ("iou", "iou crops", "judge"))]
     judged = ["judge"] if any(counted(name, "judge") for name in names) else []
-    columns = ["crop iou", "containment", *judged, "iou", "95 iou"]
+    columns = ["iou crops", "containment", *judged, "iou", "95 iou"]
     return Table("table7", "Table 7. Where it crops", ["method", "crops", "IoU of them", *map(head, columns[1:])],
-                 [[label(name), str(max(counted(name, "crop iou"), counted(name, "judge"))), *cells(run, name, columns)]
-                  for name in names],
-                 "Left: each method's own crops against the target's box (the true box in the embedded world, a "
-                 "detector's elsewhere), so other queries in each row. IoU: the same queries in each row, those with a "
-                 "positive that the full image does not rank first, and the box that the method takes, or would take. "
+                 [[label(name), str(max(counted(name, "iou crops"), counted(name, "judge")) or "-"),
+                   *cells(run, name, columns)] for name in names],
+                 "Left, of methods that choose by looking: each one's own crops against the target's box (the true box "
+                 "in the embedded world, a detector's elsewhere), so other queries in each row. IoU: the same queries "
+                 "in each row, those with a positive that the full image does not rank first, and the box that the "
+                 "method takes, or would take. "
                  "Containment is the share of crops that hold the whole target"
                  + ("; judge is the share of the crops asked about that a vision-language model found sufficient for "
                     "the question." if judged else "."))

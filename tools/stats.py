@@ -33,7 +33,7 @@ def measures(rows, full_rows):
     MRR, NDCG, R@k: all queries. CondR@k: queries whose pool holds a positive (Eq. 10); crop: of them, was a region
     chosen. bad: was the answer unreadable. For g in "=1", ">1", the full image's rank, over queries with a positive
     (Table 4): crop g, help g, hurt g, same g. iou: of the box that was taken, or would have been, over >1. margin,
-    margin gain: of the view, and minus the full image's. The rest as it stands in the rows: crop iou, containment and
+    margin gain: of the view, and minus the full image's. The rest as it stands in the rows: iou crops, containment and
     judge are of crops alone.
     """
     per_query = metrics([row["scores"] for row in rows], [row["labels"] for row in rows])
@@ -53,7 +53,7 @@ def measures(rows, full_rows):
             found[f"{name} {group}"] = np.where(inside, fact, np.nan).astype(np.float64)
     found["rank"] = rank.astype(np.float64)
     found["margin"], found["margin gain"] = per_query["margin"], per_query["margin"] - before["margin"]
-    for name in ("iou", "crop iou", "containment", "judge", "seconds", "encodes"):
+    for name in ("iou", "iou crops", "containment", "judge", "seconds", "encodes"):
         found[name] = np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
     found["iou"][~(held & (full_rank > 1))] = np.nan
     return found
