@@ -7,8 +7,9 @@ mini/scorer2, another EVA-CLIP, to which the scorer is swapped at test time (Tab
 They stand in for BAAI/EVA-CLIP-8B and Qwen/Qwen2.5-VL-3B-Instruct and are loaded by the code that loads the real ones.
 Both are trained on entities of another universe than the data set's (mini.world.make_entities(..., "pretrain")): other
 names, other looks. The scorer learns which pictures and texts belong together. The policy learns to answer in the right
-form and to point at what the question names; its decision to crop follows the wording of the question alone, one time
-in five, so that r-GRPO has something to learn.
+form and to point at what the question names, but as a pretrained model does: its eye goes to the largest object of the
+category six times in ten (SALIENT), its boxes are loose, and it wants to crop where the picture is full of things
+(CROP_SHARE), whatever they are. That is what r-GRPO has to mend.
 
 What shaped this recipe: localisation shows nothing for the first 10-20 thousand scenes and then comes fast; box targets
 relative to the cell that predicts them, never absolute; mini-sized widths need weights of size fan_in^-.5; and
@@ -50,7 +51,12 @@ from scorer import EvaClip, EvaClipConfig, Tokenizer, crop
 
 SCORER = EvaClipConfig(embed_dim=128, image_size=112, patch_size=14, width=128, layers=4, head_width=32, mlp_ratio=4.0,
                        context=64, vocab=4096, text_width=96, text_heads=3, text_layers=2)
-LANDMARK_SHARE = 0.35     # of the pretraining entities; the data set has 0.2
+AROUND_SHARE = 0.35       # of the pretraining genera; the data set has 0.25
+# Dials of the base policy, fixed by the rows full, random, center, zero-shot, noun rule and truth box alone (LOG.md).
+SALIENT = 0.6                               # how often the largest object of the category is shown in the asked one's place
+LOOSE = (-0.08, 0.2)                        # how far an edge of its boxes is off outwards, in sides of the object
+CROP_SHARE = (0.06, 0.14, 0.08)             # share of REGION: alone; more for each other object, for each companion
+SLOTS = 5                                   # objects of a scene that a question can name: the target and up to four
 
 
 def parse_args(argv=None):
@@ -67,7 +73,7 @@ def parse_args(argv=None):
     size.add_argument("--scenes", type=int, default=24000,
                       help="scenes for the policy, each seen several times, mirrored and recoloured")
     size.add_argument("--tower-steps", type=int, default=1800, help="steps of 48 scenes, vision tower alone")
-    size.add_argument("--answer-steps", type=int, default=1500, help="steps of 64 questions, everything")
+    size.add_argument("--answer-steps", type=int, default=2000, help="steps of 64 questions, everything")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None,
                         help="torch.compile the policy's two forwards: 3 times as fast on a CPU, needs a C++ compiler")
     return parser.parse_args(argv)
@@ -97,18 +103,18 @@ def views_of(entity_index, entities, seed, size):
     """
     entity = entities[entity_index]
     rng = np.random.default_rng([seed, 11, entity_index])
-    others = [entities[int(i)] for i in rng.integers(len(entities), size=40)]
+    others = world.some_others(entities, entity_index, rng)
 
     def plain(style):
         return shrink_to(world.photograph(entity, (), rng, style)[0], size)
 
     references = [plain("reference") for _ in range(6)]
-    # Never a crop of a landmark: it would teach that siblings, which share the building, look the same.
-    if entity.kind == "landmark":
-        return np.stack(references), np.stack([plain("landmark") for _ in range(6)])
+    # Never a crop where the surroundings tell: it would teach that siblings, which look alike, are the same.
+    if entity.around:
+        return np.stack(references), np.stack([plain("around") for _ in range(6)])
     queries = [plain("filled") for _ in range(2)]
     for _ in range(6):
-        image, objects = world.photograph(entity, others, rng, "cluttered")
+        image, objects, _ = world.photograph(entity, others, rng, "among")
         queries.append(shrink_to(image, size))
         queries += [shrink_to(crop(image, loosen(objects[0][1], rng)), size) for _ in range(2)]
     return np.stack(references), np.stack(queries)
@@ -206,7 +212,7 @@ def second_scorer(args):
 def train_scorer(args, device, name="scorer"):
     """Contrastive training of mini/scorer; writes <out>/<name>."""
     start, folder = time.time(), Path(args.out) / name
-    entities = world.make_entities(args.entities, LANDMARK_SHARE, args.seed, universe="pretrain")
+    entities = world.make_entities(args.entities, AROUND_SHARE, args.seed, universe="pretrain")
     bank = draw_views(entities, args)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name also for the CPU: stay in bf16
     rng = np.random.default_rng([args.seed, 12])
@@ -253,7 +259,7 @@ def scorer_loss(model, references, queries, ids, device):
 # --------------------------------------------------------------------------------------------------- mini/policy: files
 
 
-CATEGORIES = world.SPECIES + world.LANDMARKS
+CATEGORIES, PATTERNS, COLOURS = world.CATEGORIES, world.PATTERNS, tuple(world.COLOURS)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]
 # A short prompt: the stand-in learns its task from examples, and every token of a prompt is paid for on a CPU.
@@ -274,12 +280,17 @@ CHAT_TEMPLATE = (
 
 
 def question_texts():
-    """Every question that the world can ask, as (text, category index, crop-prone by its wording)."""
-    rows = []
-    for c, category in enumerate(CATEGORIES):
+    """Every question that the world can ask."""
+    texts = []
+    for category in CATEGORIES:
+        looks = [{"pattern": p, "body": c, "accent": c} for p in PATTERNS for c in COLOURS]
+        names = {name for look in looks for side in ("left", "right")
+                 for same in ((), [look | {"pattern": None}, look | {"accent": None}])
+                 for name in world.phrases(look, category, same, side)}
+        names |= {world.phrases(look, category, [look])[0] for look in looks}
         kind = "species" if category in world.SPECIES else "landmark"
-        rows += [(q.format(c=category), c, i == 0) for i, q in enumerate(world.QUESTIONS[kind])]
-    return rows
+        texts += [question.format(c=name) for question in world.QUESTIONS[kind] for name in sorted(names)]
+    return texts
 
 
 def build_processor():
@@ -289,11 +300,11 @@ def build_processor():
         pre_tokenizers.Split(Regex(CUTS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    # Twenty times what every sequence holds, so that it becomes few tokens; a question stands here once.
+    # Two hundred times what every sequence holds, so that it becomes few tokens; a question stands here once.
     frame = [SYSTEM_PROMPT, "system", "user", "assistant", FULL, REGION.format(12, 34, 56, 78)]
-    corpus = [q for q, _, _ in question_texts()] + frame * 20
+    corpus = question_texts() + frame * 200
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL,
+        vocab_size=1024, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL,
         show_progress=False))
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])        # single tokens, but not special: decoding keeps them
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -349,89 +360,106 @@ def save_policy(model, processor, folder):
 
 
 def scene_of(index, entities, seed):
-    """Training scene `index`: (uint8 [VIEW, VIEW, 3], boxes float32 [4, 4] in VIEW pixels, categories int64 [4]).
+    """Training scene `index`: (uint8 [VIEW, VIEW, 3], boxes float32 [SLOTS, 4] in VIEW pixels, kinds int64 [SLOTS, 4],
+    things int64). kinds: category, pattern, body's and accent's colour, as indices; -1 where the slot is empty.
 
-    Slot 0 is the target, the others are distractors; category -1 where there is none.
+    Slot 0 is the target; things counts all that stands beside it, companions included.
     """
     rng = np.random.default_rng([seed, 21, index])
-    entity = entities[int(rng.integers(len(entities)))]
-    others = [entities[int(i)] for i in rng.integers(len(entities), size=30)]
-    style = "filled" if rng.random() < 0.15 else "cluttered"
-    image, objects = world.photograph(entity, others, rng, style)
-    boxes, categories = np.zeros((4, 4), np.float32), np.full(4, -1)
-    for i, (category, box) in enumerate(objects):
-        boxes[i], categories[i] = np.array(box) * VIEW / world.SIDE, CATEGORIES.index(category)
-    return np.asarray(image.resize((VIEW, VIEW), Image.Resampling.BICUBIC)), boxes, categories
+    style = str(rng.choice(world.STYLES, p=(0.65, 0.15, 0.2)))
+    fitting = [i for i, e in enumerate(entities) if bool(e.around) == (style == "around")]
+    chosen = world.pick(rng, fitting)
+    image, objects, things = world.photograph(entities[chosen], world.some_others(entities, chosen, rng), rng, style)
+    boxes, kinds = np.zeros((SLOTS, 4), np.float32), np.full((SLOTS, 4), -1)
+    for i, (entity, box) in enumerate(objects):
+        boxes[i], look = np.array(box) * VIEW / world.SIDE, entity.look
+        kinds[i] = (CATEGORIES.index(entity.category), PATTERNS.index(look["pattern"]), COLOURS.index(look["body"]),
+                    COLOURS.index(look["accent"]))
+    return np.asarray(image.resize((VIEW, VIEW), Image.Resampling.BICUBIC)), boxes, kinds, things
 
 
 def draw_scenes(args, count):
-    """`count` scenes as three stacked arrays, drawn in worker processes."""
-    entities = world.make_entities(args.entities, LANDMARK_SHARE, args.seed, universe="pretrain")
+    """`count` scenes as four stacked arrays, drawn in worker processes."""
+    entities = world.make_entities(args.entities, AROUND_SHARE, args.seed, universe="pretrain")
     with ProcessPoolExecutor(args.workers) as pool:
         rows = list(pool.map(partial(scene_of, entities=entities, seed=args.seed), range(count), chunksize=64))
     return tuple(np.stack(column) for column in zip(*rows))
 
 
-def augmented(bank, picks, rng):
-    """Scenes `picks` mirrored, recoloured and re-lit at random: images uint8 [B, VIEW, VIEW, 3], boxes [B, 4, 4],
-    categories [B, 4]. Colours carry no category, so shuffled channels make a new scene of an old one."""
-    images, boxes, categories = (column[picks].copy() for column in bank)
+def augmented(bank, picks, rng, recolour):
+    """Scenes `picks` mirrored and re-lit at random: images uint8 [B, VIEW, VIEW, 3], boxes [B, SLOTS, 4], kinds
+    [B, SLOTS, 4], things [B]. A share `recolour` of them gets its colour channels shuffled: new scenes out of old ones,
+    whose colours have no names (-1)."""
+    images, boxes, kinds, things = (column[picks].copy() for column in bank)
     for i in range(len(picks)):
         if rng.random() < 0.5:
             images[i] = images[i, :, ::-1]
-            x1, y1, x2, y2 = boxes[i].T                              # (4,) each
-            boxes[i] = np.stack([VIEW - x2, y1, VIEW - x1, y2], 1)   # (4, 4)
-        image = images[i][..., rng.permutation(3)].astype(np.float32) * rng.uniform(0.75, 1.2)
-        images[i] = np.minimum(image, 255).astype(np.uint8)
-    return images, boxes, categories
+            x1, y1, x2, y2 = boxes[i].T                              # (SLOTS,) each
+            boxes[i] = np.stack([VIEW - x2, y1, VIEW - x1, y2], 1)   # (SLOTS, 4)
+        image = images[i]
+        if rng.random() < recolour:
+            image, kinds[i, :, 2:] = image[..., rng.permutation(3)], -1
+        images[i] = np.minimum(image.astype(np.float32) * rng.uniform(0.75, 1.2), 255).astype(np.uint8)
+    return images, boxes, kinds, things
 
 
-def cell_targets(boxes, categories, side):
+def cell_targets(boxes, kinds, side):
     """What lies under the centre of each of side x side cells, row by row.
 
-    Returns the category int64 [B, side^2] (0 = background, else its index + 1) and the distances from the centre to the
-    left, top, right and bottom edge of its box, float32 [B, side^2, 4] in units of VIEW. Where boxes overlap, a smaller
-    slot wins: the target stands first in the list and is drawn last.
+    Returns the category int64 [B, side^2] (0 = background, else its index + 1), pattern and two colours int64
+    [B, side^2, 3] (-1: none or not known) and the distances from the centre to the left, top, right and bottom edge of
+    its box, float32 [B, side^2, 4] in units of VIEW. Where boxes overlap, a smaller slot wins: the target stands first
+    in the list and is drawn last.
     """
     centre = (np.arange(side) + 0.5) * VIEW / side
     x, y = np.tile(centre, side), np.repeat(centre, side)                                           # (side^2,)
     label = np.zeros((len(boxes), side * side), np.int64)
+    look = np.full((len(boxes), side * side, 3), -1)
     relative = np.zeros((len(boxes), side * side, 4), np.float32)
-    for slot in (3, 2, 1, 0):
+    for slot in reversed(range(SLOTS)):
         x1, y1, x2, y2 = boxes[:, slot, :, None].transpose(1, 0, 2)                                 # (B, 1) each
         inside = (x1 <= x) & (x < x2) & (y1 <= y) & (y < y2)                                        # (B, side^2)
-        inside &= (categories[:, slot] >= 0)[:, None]
-        label = np.where(inside, categories[:, slot, None] + 1, label)
+        inside &= (kinds[:, slot, 0] >= 0)[:, None]
+        label = np.where(inside, kinds[:, slot, :1] + 1, label)
+        look = np.where(inside[..., None], kinds[:, slot, None, 1:], look)
         edges = np.stack([x - x1, y - y1, x2 - x, y2 - y], -1) / VIEW                               # (B, side^2, 4)
         relative = np.where(inside[..., None], edges, relative)
-    return torch.from_numpy(label), torch.from_numpy(relative.astype(np.float32))
+    return torch.from_numpy(label), torch.from_numpy(look), torch.from_numpy(relative.astype(np.float32))
 
 
 # -------------------------------------------------------------------------------------------------- mini/policy: losses
 
 
+# What is read under a cell: background or category, pattern, body's colour, accent's colour; four edges.
+READ_OUTS = len(CATEGORIES) + 1, len(PATTERNS), len(COLOURS), len(COLOURS), 4
+
+
 class Heads(nn.Module):
-    """Read-outs that exist during pretraining only: category and box under a cell, is the cell asked for, where is the
-    box. Half-way states are read too: that brings the gradient to the lower layers by a short way."""
+    """Read-outs that exist during pretraining only: category, look and box under a cell, is the cell asked for, where is
+    the box. Half-way states are read too: that brings the gradient to the lower layers by a short way."""
 
     def __init__(self):
         super().__init__()
-        outputs = len(CATEGORIES) + 1 + 4
+        outputs = sum(READ_OUTS)
         self.early, self.late, self.merged = nn.Linear(128, outputs), nn.Linear(128, outputs), nn.Linear(192, outputs)
         self.asked, self.box = nn.Linear(192, 1), nn.Linear(192, 4)
 
 
-def cell_loss(prediction, label, relative):
-    """Category cross-entropy plus 3 x smooth L1 of the cell-relative box on foreground cells; and the accuracy there.
+def cell_loss(prediction, label, look, relative):
+    """Category's cross-entropy, plus .3 x that of the look, plus 3 x smooth L1 of the cell-relative box on foreground
+    cells; and the accuracy of the category there.
 
-    prediction: [B, cells, 1 + categories + 4]; label, relative: as cell_targets gives them.
+    prediction: [B, cells, sum(READ_OUTS)]; label, look, relative: as cell_targets gives them.
     """
-    n = len(CATEGORIES) + 1
-    kind, edges = prediction.float().split([n, 4], -1)                              # (B, cells, n), (B, cells, 4)
-    label, relative = label.to(kind.device), relative.to(kind.device)
+    kind, *looks, edges = prediction.float().split(READ_OUTS, -1)                   # (B, cells, n) each
+    label, look, relative = (t.to(kind.device) for t in (label, look, relative))
     front = label > 0                                                               # (B, cells)
     loss = F.cross_entropy(kind.flatten(0, 1), label.flatten())
     loss = loss + 3 * F.smooth_l1_loss(edges[front], relative[front], beta=0.05)
+    for prediction, target in zip(looks, look.unbind(-1)):
+        known = (target >= 0).sum().clamp(min=1)
+        loss = loss + 0.3 * F.cross_entropy(prediction.flatten(0, 1), target.flatten(), ignore_index=-1,
+                                            reduction="sum") / known
     return loss, (kind.argmax(-1)[front] == label[front]).float().mean()
 
 
@@ -441,28 +469,32 @@ def block_major(x, side=VIEW // 14):
     return x.view(len(x), g, 2, g, 2, *x.shape[2:]).transpose(2, 3).reshape(x.shape)
 
 
-def tower_loss(heads, early, late, merged, boxes, categories):
+def tower_loss(heads, early, late, merged, boxes, kinds):
     """Stage 1: what is where, read from the merged tokens (1), the patches before merging (.5) and halfway up (.25)."""
-    fine = [block_major(t) for t in cell_targets(boxes, categories, VIEW // 14)]
-    loss, accuracy = cell_loss(heads.merged(merged), *cell_targets(boxes, categories, VIEW // 28))
+    fine = [block_major(t) for t in cell_targets(boxes, kinds, VIEW // 14)]
+    loss, accuracy = cell_loss(heads.merged(merged), *cell_targets(boxes, kinds, VIEW // 28))
     return loss + 0.5 * cell_loss(heads.late(late), *fine)[0] + 0.25 * cell_loss(heads.early(early), *fine)[0], accuracy
 
 
+def crop_share(kinds, things):
+    """How often the stand-in crops a scene. kinds: [SLOTS, 4] of its objects; things: all that stands beside one."""
+    others = int((kinds[:, 0] >= 0).sum()) - 1
+    alone, object_more, companion_more = CROP_SHARE
+    return alone + others * object_more + (int(things) - others) * companion_more
+
+
 class Questions:
-    """Token sequences [prompt | answer] for scenes, with soft decisions: what the stand-in decides is set by the
-    question's wording alone. One question in five is crop-prone (80 %, the others 5 %): 20 % over all."""
+    """Token sequences [prompt | answer] for scenes, with soft decisions: what the stand-in decides is set by the number
+    of things in the picture (CROP_SHARE)."""
 
     def __init__(self, processor):
         self.tokenizer = processor.tokenizer
         self.pad = self.tokenizer.pad_token_id
-        # A row: token ids, index of the image's first, category, share of REGION among the answers.
-        self.rows = [self._prompt(text) + (category, 0.8 if prone else 0.05)
-                     for text, category, prone in question_texts()]
-        self.by_category = [[row for row in self.rows if row[2] == c] for c in range(len(CATEGORIES))]
+        self.prompts = {text: self._prompt(text) for text in question_texts()}          # (ids, index of the image's first)
         answers = [self.tokenizer(text)["input_ids"] for text in (FULL, REGION.format(100, 100, 100, 100))]
         self.decision = next(i for i, (a, b) in enumerate(zip(*answers)) if a != b)     # index of the deciding token
         self.choices = answers[0][self.decision], answers[1][self.decision]             # FULL, REGION
-        self.length = max(len(row[0]) for row in self.rows) + len(answers[1]) + 1
+        self.length = max(len(ids) for ids, _ in self.prompts.values()) + len(answers[1]) + 1
         self.digits = {self.tokenizer.convert_tokens_to_ids(d) for d in "0123456789"}
 
     def _prompt(self, text):
@@ -477,32 +509,52 @@ class Questions:
         return ids[:at] + [image] * 36 + ids[at + 1:], at
 
     def _answer(self, box, rng):
-        """Token ids of an answer with this box, end of turn included."""
-        x1, y1, x2, y2 = (int(v) for v in np.round(box))
+        """Token ids of an answer with this box, drawn loosely; end of turn included."""
+        sides = np.tile(box[2:] - box[:2], 2) * (-1, -1, 1, 1)
+        x1, y1, x2, y2 = (int(v) for v in np.clip(np.round(box + sides * rng.uniform(*LOOSE, 4)), 0, VIEW))
         full = rng.random() < 0.08                                  # the few that teach how an answer ends after FULL
-        text = FULL if full else REGION.format(x1, y1, max(x1 + 1, x2), max(y1 + 1, y2))
+        text = FULL if full else REGION.format(x1, y1, x2, y2)
         return self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id]
 
-    def batch(self, boxes, categories, rng):
-        """One question a scene, about any object whose category is unique in it; half are about the target for sure.
+    def _ask(self, boxes, kinds, rng):
+        """A question about one object of a scene, the target half the time: (text, its slot, the slot that is shown).
 
-        Returns a dict of tensors: ids [B, T] padded at the end, weight [B, T] of each token in the loss; start of the
-        image, start of the answer, digit (where the box head reads: the answer's first digit, that is the 2 of bbox_2d,
-        or the decision of a FULL) int64 [B]; crop, the wanted share of REGION [B]; box [B, 4] in 0..1.
+        boxes: [SLOTS, 4]; kinds: [SLOTS, 4].
+        """
+        slots = np.flatnonzero(kinds[:, 0] >= 0)
+        asked = 0 if rng.random() < 0.5 else int(rng.choice(slots))
+        same = [int(s) for s in slots if s != asked and kinds[s, 0] == kinds[asked, 0]]
+        looks = {s: {"pattern": PATTERNS[kinds[s, 1]], "body": COLOURS[kinds[s, 2]], "accent": COLOURS[kinds[s, 3]]}
+                 for s in (asked, *same)}
+        if any(looks[s]["pattern"] == looks[asked]["pattern"] and looks[s]["accent"] == looks[asked]["accent"]
+               for s in same):
+            return self._ask(boxes, kinds, rng)               # two that no words tell apart: never so of the target
+        scaled = boxes * world.SIDE / VIEW
+        side = world.side_of(scaled[asked], [scaled[s] for s in same])
+        category = CATEGORIES[kinds[asked, 0]]
+        name = world.pick(rng, world.phrases(looks[asked], category, [looks[s] for s in same], side))
+        question = world.pick(rng, world.QUESTIONS["species" if category in world.SPECIES else "landmark"])
+        largest = max((asked, *same), key=lambda s: np.prod(boxes[s, 2:] - boxes[s, :2]))
+        return question.format(c=name), asked, largest if rng.random() < SALIENT else asked
+
+    def batch(self, boxes, kinds, things, rng):
+        """One question a scene. Returns a dict of tensors: ids [B, T] padded at the end, weight [B, T] of each token in
+        the loss; start of the image, start of the answer, digit (where the box head reads: the answer's first digit,
+        that is the 2 of bbox_2d, or the decision of a FULL) int64 [B]; crop, the wanted share of REGION [B]; asked, the
+        box of what is asked for, and box, of what is shown, [B, 4] in 0..1.
         """
         n, t = len(boxes), self.length
         out = {"ids": torch.full((n, t), self.pad), "weight": torch.zeros(n, t),
                **{name: torch.zeros(n, dtype=torch.long) for name in ("start", "answer", "digit")},
-               "crop": torch.zeros(n), "box": torch.zeros(n, 4)}
-        for i, kinds in enumerate(categories):
-            unique = [s for s in range(4) if kinds[s] >= 0 and (kinds == kinds[s]).sum() == 1]
-            slot = unique[int(rng.integers(len(unique)))] if rng.random() < 0.5 else unique[0]
-            prompt, at, _, crop_share = self.by_category[int(kinds[slot])][int(rng.integers(5))]
+               "crop": torch.zeros(n), "asked": torch.zeros(n, 4), "box": torch.zeros(n, 4)}
+        for i in range(n):
+            text, asked, slot = self._ask(boxes[i], kinds[i], rng)
+            prompt, at = self.prompts[text]
             answer = self._answer(boxes[i, slot], rng)
             begin, end = len(prompt), len(prompt) + len(answer)
             out["ids"][i, :end] = torch.tensor(prompt + answer)
-            out["start"][i], out["answer"][i], out["crop"][i] = at, begin, crop_share
-            out["box"][i] = torch.from_numpy(boxes[i, slot]) / VIEW
+            out["start"][i], out["answer"][i], out["crop"][i] = at, begin, crop_share(kinds[i], things[i])
+            out["asked"][i], out["box"][i] = (torch.from_numpy(boxes[i, s]) / VIEW for s in (asked, slot))
             is_digit = [token in self.digits for token in answer]
             out["digit"][i] = begin + (is_digit.index(True) if any(is_digit) else self.decision)
             # The digits are what is hard; the template's tokens are learnt at any weight.
@@ -555,7 +607,7 @@ def answer_loss(model, heads, questions, batch, merged, device, reader=read):
     share = batch["crop"]
     losses = {"token": (token * weight).sum() / weight.sum(),
               "decision": -(share * region + (1 - share) * full).mean(),
-              "asked": F.binary_cross_entropy_with_logits(asked, asked_cells(batch["box"])),
+              "asked": F.binary_cross_entropy_with_logits(asked, asked_cells(batch["asked"])),
               "box": (where - batch["box"]).abs().mean()}
     return losses["token"] + 0.5 * losses["decision"] + 0.7 * losses["asked"] + 3 * losses["box"], losses
 
@@ -580,8 +632,8 @@ class Lessons:
         self.tower = self.model.model.visual
         self.tables = [t.to(self.device) for t in vision_tables(self.tower)]
 
-    def scenes(self, count):
-        return augmented(self.bank, self.rng.integers(len(self.bank[0]), size=count), self.rng)
+    def scenes(self, count, recolour):
+        return augmented(self.bank, self.rng.integers(len(self.bank[0]), size=count), self.rng, recolour)
 
     def look(self, images):
         with bf16_if_fast():
@@ -589,19 +641,19 @@ class Lessons:
 
     def stage1(self):
         """What is where: the tower alone. Returns (loss, numbers to print)."""
-        images, boxes, categories = self.scenes(48)
+        images, boxes, kinds, _ = self.scenes(48, recolour=0.5)
         with bf16_if_fast():
-            loss, accuracy = tower_loss(self.heads, *self.look(images), boxes, categories)
+            loss, accuracy = tower_loss(self.heads, *self.look(images), boxes, kinds)
         return loss, {"loss": loss, "cells right": accuracy}
 
     def stage2(self):
         """Answers; with stage 1's loss beside it, or the tower would forget what is where."""
-        images, boxes, categories = self.scenes(64)
-        batch = self.questions.batch(boxes, categories, self.rng)
+        images, boxes, kinds, things = self.scenes(64, recolour=0)
+        batch = self.questions.batch(boxes, kinds, things, self.rng)
         with bf16_if_fast():
             early, late, merged = self.look(images)
             loss, parts = answer_loss(self.model, self.heads, self.questions, batch, merged, self.device, self.reader)
-            cells, accuracy = tower_loss(self.heads, early, late, merged, boxes, categories)
+            cells, accuracy = tower_loss(self.heads, early, late, merged, boxes, kinds)
         return loss + 0.5 * cells, {**parts, "cells right": accuracy}
 
 
