@@ -1036,8 +1036,15 @@ def read_adapter(folder):
 
 # ---- loading
 
+def reordered(x, sizes, order):
+    """Pieces of x, of so many rows each, in another order. Not by slices: in the backward pass each would fill a tensor
+    of x's size, and all of them would be added up."""
+    pieces = x.split(sizes)
+    return torch.cat([pieces[i] for i in order])
+
+
 class WindowAttention(Qwen2_5_VLVisionAttention):
-    """transformers' attention of the vision tower, for CUDA: neighbouring windows of one length in one call.
+    """transformers' attention of the vision tower, for CUDA: all windows of one length in one call.
 
     Theirs is a call a window: 1,796 for an image of 1,000 tokens in the 3B, each of microseconds on a GPU, which waits
     for Python then (on a CPU a call costs nothing beside its work). Same weights, same numbers.
@@ -1045,21 +1052,25 @@ class WindowAttention(Qwen2_5_VLVisionAttention):
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings, **_):
         """hidden_states [T, D]; cu_seqlens int32 [windows + 1]: where they begin and end; cos, sin [T, d] -> [T, D]."""
-        q, k, v = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)     # [T, H, d]
-        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        # (length, number) of neighbouring windows of one length; those at the image's edges are shorter. Kept with the
-        # tensor, which all blocks of a pass share: to ask a GPU for numbers is to wait for it.
+        # Windows at the images' edges are shorter. How runs of one length are put together is kept with the tensor,
+        # which all blocks of a pass share: to ask a GPU for numbers is to wait for it.
         if not hasattr(cu_seqlens, "runs"):
             lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-            cu_seqlens.runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
-        out, start = [], 0
-        for length, count in cu_seqlens.runs:
-            end = start + count * length
-            windows = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))   # [W, H, n, d]
-            out.append(attend(self, *windows, None, scaling=self.scaling, is_causal=False)[0].reshape(end - start, -1))
-            start = end
-        return self.proj(torch.cat(out))                                                                # [T, D]
+            runs = [(length, sum(run)) for length, run in itertools.groupby(lengths)]       # length, patches of each
+            order, sizes = sorted(range(len(runs)), key=runs.__getitem__), [size for _, size in runs]
+            cu_seqlens.runs = sizes, order, [sizes[i] for i in order], np.argsort(order).tolist()
+            cu_seqlens.groups = {n: n * lengths.count(n) for n in sorted(set(lengths))}     # length: patches of all
+            cu_seqlens.turn = [reordered(x, sizes, order) for x in position_embeddings]
+        sizes, order, ordered, back = cu_seqlens.runs
+        qkv = reordered(self.qkv(hidden_states), sizes, order)                                          # [T, 3 H d]
+        q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *cu_seqlens.turn)                                      # [T, H, d]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out = []
+        for length, *qkv in zip(cu_seqlens.groups, *(x.split(list(cu_seqlens.groups.values())) for x in (q, k, v))):
+            windows = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in qkv)                       # [W, H, n, d]
+            out.append(attend(self, *windows, None, scaling=self.scaling, is_causal=False)[0].flatten(0, 1).flatten(1))
+        return self.proj(reordered(torch.cat(out), ordered, back))                                      # [T, D]
 
 
 def suit_cuda(model):
@@ -1069,6 +1080,10 @@ def suit_cuda(model):
         torch.backends.cuda.enable_cudnn_sdp(False)
         for block in model.model.visual.blocks:
             block.attn.__class__ = WindowAttention
+        for norm in (module for module in model.modules() if hasattr(module, "variance_epsilon")):
+            # One kernel where transformers' forward takes eight, with one rounding where bfloat16 had two.
+            norm.forward = functools.partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
+                                             eps=norm.variance_epsilon)
 
 
 def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, system_prompt=None, attention="sdpa"):

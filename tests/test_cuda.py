@@ -364,7 +364,14 @@ def test_what_is_set_for_a_card_alone(home, monkeypatch):
         args = bench.parse_args(["--device", "cuda", "--visual-tokens", "16"])
         ours = bench.build_policy(args)
         assert switched == [False] * 2 and isinstance(ours.model.model.visual.blocks[0].attn, WindowAttention)
+        norms = [module for module in ours.model.modules() if hasattr(module, "variance_epsilon")]
+        x = [torch.randn(3, 7, len(norm.weight)).to("cuda", torch.bfloat16) for norm in norms]
+        fused = [norm(part).cpu().float() for norm, part in zip(norms, x)]
+        assert len(norms) > 9 and all("forward" in vars(norm) for norm in norms)
         bench.as_published(ours)
+        assert not any("forward" in vars(module) for module in ours.model.modules())
+        for norm, part, one in zip(norms, x, fused):
+            torch.testing.assert_close(norm(part).cpu().float(), one, rtol=1 / 64, atol=1e-6)
         assert switched[2:] == [True] and not isinstance(ours.model.model.visual.blocks[0].attn, WindowAttention)
         monkeypatch.setattr(policy_module, "additive_mask", lambda *inputs: masks.append(whole(*inputs)) or masks[-1])
         data = load_data(str(home / "data"), "test")

@@ -180,10 +180,12 @@ def build_policy(args, lora=True):
 
 def as_published(policy):
     """What `suit_cuda` changed is changed back: those that are compared with ours have transformers' vision
-    tower and PyTorch's own choice of an attention kernel. (A case has a process of its own.)"""
+    tower and norms and PyTorch's own choice of an attention kernel. (A case has a process of its own.)"""
     torch.backends.cuda.enable_cudnn_sdp(True)
     for block in policy.model.model.visual.blocks:
         block.attn.__class__ = Qwen2_5_VLVisionAttention
+    for module in policy.model.modules():
+        vars(module).pop("forward", None)
 
 
 def build_random(args, build):
