@@ -47,8 +47,8 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from rewards import metrics, summary
 from scorer import (
-    InputError, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores, warn_of_idle_card,
-    write_json,
+    InputError, blend, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores,
+    warn_of_idle_card, write_json,
 )
 
 METHODS = ("full", "random", "center", "zeroshot", "zeroshot_always", "noun_rule", "clutter_rule", "base_best",
@@ -338,7 +338,7 @@ def ceiling(data, scorer, actions, seen, sizes, config, args, answers):
         answers.add({("drawn", i): [one.action.box for one in group] for i, group in zip(batch, groups)})
     drawn = [[region(answers["drawn", i][k] and tuple(answers["drawn", i][k])) if i in open_ones else FULL_IMAGE
               for i in range(len(data))] for k in range(BOXES)]
-    seen.update(score_views(data, scorer, dict(enumerate(drawn)), args.batch_size)[0])
+    seen.update(score_views(data, scorer, dict(enumerate(drawn)), args.batch_size, args.fuse)[0])
     return best_of([best, *drawn], seen, labels)
 
 
@@ -348,7 +348,7 @@ def fit_rules(rules, scorer, config, args, key):
     data = load_data(args.data, args.rules_from, limit=args.limit)
     answers = Answers(f"{args.out}/{args.split}.actions.{args.rules_from}.part", key)
     actions = all_actions(["full", "zeroshot_always"], data, image_sizes(data), {}, config, args, answers)
-    seen, _ = score_views(data, scorer, actions, args.batch_size)
+    seen, _ = score_views(data, scorer, actions, args.batch_size, args.fuse)
     full, crops = (metrics(view_scores(actions[name], seen), data.labels, ks=())["rr"]
                    for name in ("full", "zeroshot_always"))  # [Q] each
     gains = {rule: {} for rule in rules}
@@ -360,12 +360,13 @@ def fit_rules(rules, scorer, config, args, key):
 
 # ------------------------------------------------------------------------------------------------- actions -> scores
 
-def score_views(data, scorer, actions, batch_size=64):
+def score_views(data, scorer, actions, batch_size=64, share=1.0):
     """Scores of the full image and of each box that some method chose: {view: float32 [K] in pool order}. And the
     seconds that a box took, {view: s}.
 
     The full image's feature is stored, so nothing is encoded for it. Each different box is encoded once, however many
     methods chose it. batch_size: of views, so each image is opened once, or twice where a batch ends in its boxes.
+    share: of the crop (`scorer.blend`).
     """
     boxes = {i: dict.fromkeys(listed[i].box for listed in actions.values()) for i in range(len(data))}
     views, seen, seconds = [(i, box) for i in boxes for box in (None, *filter(None, boxes[i]))], {}, {}
@@ -373,6 +374,8 @@ def score_views(data, scorer, actions, batch_size=64):
         batch = views[start:start + batch_size]
         features, took = encode_views(data, scorer, [view for view in batch if view[1]])
         seconds |= dict.fromkeys(features, took)
+        features = {(i, box): blend(np.asarray(data.full[i], dtype=np.float32), feature, share)
+                    for (i, box), feature in features.items()}
         features |= {(i, None): np.asarray(data.full[i], dtype=np.float32) for i, box in batch if not box}  # [D] each
         candidates = {i: data.candidates(i) for i in dict.fromkeys(i for i, _ in batch)}  # [K, D] each
         seen |= {(i, box): scores(feature, candidates[i]) for (i, box), feature in features.items()}  # Eq. 2, 4
@@ -554,6 +557,7 @@ def open_all(args):
     config = open_run(args, data, methods)
     args.decode = args.decode or config.get("args", {}).get("decode", "grammar")
     args.zeroshot = args.zeroshot or (args.decode if data.manifest["dataset"] == "world" else "free")
+    args.fuse = config.get("args", {}).get("fuse", 1.0)
     args.policy_dtype = args.policy_dtype or config.get("args", {}).get("policy_dtype")
     if args.decode == "free" and args.threshold != 0.5:
         raise InputError("--threshold needs p(REGION | x), which only --decode grammar knows exactly")
@@ -567,7 +571,7 @@ def evaluate(args):
     """From queries to files -> the dict of metrics.json."""
     data, scorer, methods, truth, config = open_all(args)
     told = ("data", "run", "split", "decode", "policy_dtype", "threshold", "center_fraction", "seed", "zeroshot",
-            "rules_from")
+            "rules_from", "fuse")
     about = {**{name: getattr(args, name) for name in told}, "scorer": scorer.name,
              "training_seed": config.get("args", {}).get("seed"),
              "models": {"policy": args.policy or config.get("policy"), "zeroshot2": args.zeroshot_policy}}
@@ -581,7 +585,7 @@ def evaluate(args):
         answers = Answers(f"{args.out}/{args.split}.actions.part", key)
         sizes = image_sizes(data)
         actions = all_actions(methods, data, sizes, truth, config, args, answers)
-        seen, view_seconds = score_views(data, scorer, actions, args.batch_size)
+        seen, view_seconds = score_views(data, scorer, actions, args.batch_size, args.fuse)
         rules = [name for name in methods if name in RULES]
         about["rules"] = fit_rules(rules, scorer, config, args, key) if rules else {}
         for rule, values in about["rules"].items():

@@ -95,6 +95,14 @@ def fuse(image_features, text_features=None):
     return normalise(total)  # Eq. 3
 
 
+def blend(full, crop_features, share=1.0):
+    """What a REGION is scored by: the crop's feature alone (share 1, Eq. 2), or (1 - share) full + share crop.
+
+    Both [..., D], each brought to length 1 first. Not in the paper: what a box cuts off is then not lost altogether.
+    """
+    return crop_features if share == 1 else (1 - share) * normalise(full) + share * normalise(crop_features)
+
+
 def scores(query, candidates):
     """Cosine of query [..., D] with candidates [..., K, D] -> float32 [..., K]; leading axes broadcast.
 

@@ -53,10 +53,10 @@ SCORER = EvaClipConfig(embed_dim=128, image_size=112, patch_size=14, width=128, 
                        context=64, vocab=4096, text_width=96, text_heads=3, text_layers=2)
 AROUND_SHARE = 0.35       # of the pretraining genera; the data set has 0.25
 # Dials of the base policy, fixed by the rows full, random, center, zero-shot, noun rule and truth box alone (LOG.md).
-SALIENT = 0.6                               # how often the largest object of the category is shown in the asked one's place
-LOOSE = (-0.08, 0.2)                        # how far an edge of its boxes is off outwards, in sides of the object
-CROP_SHARE = (0.06, 0.14, 0.08)             # share of REGION: alone; more for each other object, for each companion
-SLOTS = 5                                   # objects of a scene that a question can name: the target and up to four
+SALIENT = 0.6                      # how often it shows the largest object of the category in place of the asked one
+LOOSE = (-0.08, 0.2)               # how far an edge of its boxes is off outwards, in sides of the object
+CROP_SHARE = (0.06, 0.14, 0.08)    # share of REGION: alone; more for each other object, for each companion
+SLOTS = 5                          # objects of a scene that a question can name: the target and up to four
 
 
 def parse_args(argv=None):
@@ -435,8 +435,8 @@ READ_OUTS = len(CATEGORIES) + 1, len(PATTERNS), len(COLOURS), len(COLOURS), 4
 
 
 class Heads(nn.Module):
-    """Read-outs that exist during pretraining only: category, look and box under a cell, is the cell asked for, where is
-    the box. Half-way states are read too: that brings the gradient to the lower layers by a short way."""
+    """Read-outs that exist during pretraining only: category, look and box under a cell, is the cell asked for, where
+    is the box. Half-way states are read too: that brings the gradient to the lower layers by a short way."""
 
     def __init__(self):
         super().__init__()
@@ -490,7 +490,7 @@ class Questions:
     def __init__(self, processor):
         self.tokenizer = processor.tokenizer
         self.pad = self.tokenizer.pad_token_id
-        self.prompts = {text: self._prompt(text) for text in question_texts()}          # (ids, index of the image's first)
+        self.prompts = {text: self._prompt(text) for text in question_texts()}
         answers = [self.tokenizer(text)["input_ids"] for text in (FULL, REGION.format(100, 100, 100, 100))]
         self.decision = next(i for i, (a, b) in enumerate(zip(*answers)) if a != b)     # index of the deciding token
         self.choices = answers[0][self.decision], answers[1][self.decision]             # FULL, REGION

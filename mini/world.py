@@ -597,7 +597,8 @@ def csv_row(query, entity, train_urls):
     section = 1 if query["question"] == {"species": 0, "landmark": 3}[entity.kind] else 2     # where it lives, stands
     text = QUESTIONS[entity.kind][query["question"]]
     return {
-        "question": text.format(c=query["phrase"]), "answer": answer(entity, query["question"]), "dataset_image_ids": query["image_id"],
+        "question": text.format(c=query["phrase"]), "answer": answer(entity, query["question"]),
+        "dataset_image_ids": query["image_id"],
         "dataset_name": "landmarks" if entity.kind == "landmark" else "inaturalist",
         "dataset_category_id": query["entity"], "question_type": "templated",
         "wikipedia_url": entity.url, "wikipedia_title": entity.name, "evidence": texts[section],

@@ -431,6 +431,15 @@ def test_fuse_by_hand():
             S.fuse(bad)
 
 
+def test_blend_by_hand():
+    """(3, 0) and (0, 4) become (1, 0) and (0, 1); three quarters of the crop are (.25, .75). Alone it stays as it is."""
+    np.testing.assert_allclose(S.blend([3, 0], [[0, 4]], 0.75), [[0.25, 0.75]], atol=1e-7)
+    assert S.blend([3, 0], [[0, 4]]) == [[0, 4]]
+    np.testing.assert_allclose(S.blend([3, 0], [0, 4], 0), [1, 0], atol=1e-7)
+    with pytest.raises(ValueError, match="1 of 1 feature vectors are zero or not finite"):
+        S.blend([0, 0], [0, 4], 0.5)
+
+
 def test_scores_equal_the_slow_formula():
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(2, 5, 7)).astype(np.float16)  # [K, D]

@@ -96,7 +96,7 @@ def flags(home, run="run", *more):
     return ["--data", f"{home}/data", "--policy", f"{home}/policy", "--scorer", f"{home}/scorer", "--device", "cpu",
             "--system-prompt", f"{home}/prompt.txt", "--run", str(run), "--queries", "2", "--group", "4",
             "--steps", "4", "--micro-tokens", "200", "--save-every", "2", "--eval-every", "2", "--samples-every", "1",
-            "--lr", "0.01", "--warmup", "1", *more]
+            "--lr", "0.01", "--warmup", "1", "--reward", "delta", *more]
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
     (["--decision-weight", "pi", "--decode", "free"], "--decision-weight pi needs"),
     (["--decision-weight", "pi", "--advantage", "group"], "--decision-weight pi needs"),
     (["--decision-weight", "pi", "--norm", "sequence"], "--decision-weight pi needs --norm token"),
-    (["--hold", "-1"], "--hold: must be"),
+    (["--hold", "-1"], "--hold: must be"), (["--fuse", "1.5"], "--fuse: must be"),
 ])
 def test_flags_that_make_no_sense(more, complaint, capsys):
     with pytest.raises(SystemExit):
@@ -366,10 +366,11 @@ ACTIONS = [[acted("FULL"), acted("REGION", (0.0, 0.0, 30.0, 20.0)), acted("REGIO
            [acted("REGION", (0.0, 0.0, 30.0, 20.0))]]
 
 
-def test_score_views_equals_the_formula_and_encodes_only_what_is_new(data, scorer):
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_score_views_equals_the_formula_and_encodes_only_what_is_new(data, scorer, share):
     rows = [4, 0, 2]
     images = [data.open_image(row) for row in rows]
-    pairs = train.score_views(data, scorer, rows, images, ACTIONS)
+    pairs = train.score_views(data, scorer, rows, images, ACTIONS, share)
     # Boxes of query 0: two different ones; query 2 has a box like one of them, but on another image.
     assert len(scorer.seen) == 3 and not {(84, 56)} & {image.size for image in scorer.seen}
     for row, image, group, (whole, scores) in zip(rows, images, ACTIONS, pairs, strict=True):
@@ -377,7 +378,8 @@ def test_score_views_equals_the_formula_and_encodes_only_what_is_new(data, score
         for action, line in [*zip(group, scores), (acted("FULL"), whole)]:
             view = data.full[row].astype(float)
             if action.decision == "REGION":
-                view = scorer.scorer.image_features([crop(image, action.box)])[0].astype(float)
+                part = scorer.scorer.image_features([crop(image, action.box)])[0].astype(float)
+                view = (1 - share) * view / np.linalg.norm(view) + share * part / np.linalg.norm(part)
             for candidate, score in zip(data.pool[row], line):  # Eq. 3: image + text, here of one image each
                 c = data.kb_image[candidate].astype(float) + data.kb_text[candidate].astype(float)
                 assert score == pytest.approx(view @ c / np.linalg.norm(view) / np.linalg.norm(c), abs=1e-6)

@@ -104,7 +104,7 @@ class Demo:
             pool, texts = self.pool(request.get("candidates"), row, full[0])
             asked = [image], [question.strip()]
             result = rerank_batch(*asked, [pool.features], full, models.policy, models.scorer, models.decode,
-                                  models.threshold, force)[0]
+                                  models.threshold, force, models.fuse)[0]
             spared = None  # the box that a FULL did not take
             if request.get("spared") and result.action.decision == "FULL":
                 spared = decide(models.policy, *asked, models.decode, None, "REGION")[0].box

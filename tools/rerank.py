@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from policy import Action, load_policy
 from prepare import nearest_entities
-from scorer import (InputError, as_rgb, crop, fuse, load_data, load_scorer, read_image, read_json, read_manifest,
+from scorer import (InputError, as_rgb, blend, crop, fuse, load_data, load_scorer, read_image, read_json, read_manifest,
                     read_trec, replacing, same_scorer, scores, trec_id, write_json, write_trec)
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what a folder of candidates is read for
@@ -69,7 +69,7 @@ class Reranking:
     size: tuple[int, int]
 
 
-def rerank(image, question, candidates, policy, scorer, decode="grammar", threshold=None, force=None):
+def rerank(image, question, candidates, policy, scorer, decode="grammar", threshold=None, force=None, share=1.0):
     """Choose a view of `image` by `question` and rank the candidates with it -> Reranking.
 
     image: path, read upright by its EXIF, or PIL image, taken as it lies. candidates: list of (image, text), images
@@ -77,6 +77,7 @@ def rerank(image, question, candidates, policy, scorer, decode="grammar", thresh
     which costs no encoding.
     policy, scorer: of load_policy, load_scorer. decode: "grammar" or "free". threshold: crop where p(REGION | x) is
     above it, None = the likelier decision (Sec. 3.2). force: None, "FULL" or "REGION", to see what it would do.
+    share: of the crop in the view that is scored (scorer.blend), what the run was trained with (--fuse).
     Raises InputError or FileNotFoundError naming the image, question or candidate that cannot be used.
     """
     if len(candidates) == 0:
@@ -84,10 +85,12 @@ def rerank(image, question, candidates, policy, scorer, decode="grammar", thresh
     image = open_image(image)
     pool = candidates if isinstance(candidates, np.ndarray) else candidate_features(candidates, scorer)  # [K, D]
     full = scorer.image_features([image])  # [1, D]
-    return rerank_batch([image], [question], [pool], full, policy, scorer, decode, threshold, force)[0]
+    return rerank_batch([image], [question], [pool], full, policy, scorer, decode, threshold, force,
+                        share)[0]
 
 
-def rerank_batch(images, questions, pools, full, policy, scorer, decode="grammar", threshold=None, force=None):
+def rerank_batch(images, questions, pools, full, policy, scorer, decode="grammar", threshold=None, force=None,
+                 share=1.0):
     """Many queries together -> list of Reranking.
 
     images: [B] PIL. questions: [B]. pools: B x [K, D] vectors of Eq. 3, K may differ. full: [B, D] features of the
@@ -99,7 +102,7 @@ def rerank_batch(images, questions, pools, full, policy, scorer, decode="grammar
     for i in cropped:
         views[i] = crop(images[i], actions[i].box)  # Eq. 1
     if cropped:
-        seen[cropped] = scorer.image_features([views[i] for i in cropped])
+        seen[cropped] = blend(seen[cropped], scorer.image_features([views[i] for i in cropped]), share)
     results = []
     for i, pool in enumerate(pools):
         before, after = scores(np.stack([full[i], seen[i]]), pool)  # Eq. 2, 4: [2, K]
@@ -293,6 +296,7 @@ class Models:
                            "give --policy and --scorer to use a model without an adapter") if run else {}
         trained = config.get("args", {})
         self.folder, self.split, self.threshold = args.data or config.get("data"), args.split, args.threshold
+        self.fuse = trained.get("fuse", 1.0)
         self.wanted, self.known, self.runs = args.k, {}, {}
         self.decode = args.decode or trained.get("decode", "grammar")
         if self.threshold is not None and self.decode == "free":
@@ -316,7 +320,7 @@ class Models:
             raise InputError(str(error)) from error
         self.policy.max_new_tokens = trained.get("max_new_tokens", self.policy.max_new_tokens)
         self.settings = {"policy": name, **given, "data": self.folder, "k": args.k, "decode": self.decode,
-                         "threshold": self.threshold,
+                         "threshold": self.threshold, "fuse": self.fuse,
                          # By content, too: trained or prepared again, the same folder gives other answers.
                          "adapter weights": digest(given["adapter"], "adapter_model.safetensors"),
                          "data files": digest(self.folder, "manifest.json")}
@@ -354,7 +358,7 @@ class Models:
         full = self.scorer.image_features(images)  # [B, D]
         pools = [self.pool(job, row) for job, row in zip(jobs, full)]
         found = rerank_batch(images, [job.question for job in jobs], [pool.features for pool in pools], full,
-                             self.policy, self.scorer, self.decode, self.threshold, force)
+                             self.policy, self.scorer, self.decode, self.threshold, force, self.fuse)
         return list(zip(pools, found))
 
     def pool(self, job, full):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluate import cells, rankings, score_views, view_scores, write_rows
 from rewards import metrics, summary
-from scorer import fuse, hold, load_scorer, normalise, read_image, scores
+from scorer import blend, fuse, hold, load_scorer, read_image, scores
 from tools.rows import add_flags, encode_crops, finish, open_rows
 
 METHODS = ("full", "zeroshot", "policy")  # rows of Table 6
@@ -61,10 +61,10 @@ class OtherPools:
                     self.text[np.searchsorted(self.entities, self.data.pool[i])])
 
 
-def rescore(data, scorer, rows, actions, batch_size):
+def rescore(data, scorer, rows, actions, batch_size, share=1.0):
     """Rows of the same views of the same pools by another scorer: {method: [Q] rows}."""
     unreadable = np.array([row["unreadable"] for row in rows["full"]])  # [Q]
-    seen, _ = score_views(OtherPools(data, scorer, unreadable, batch_size), scorer, actions, batch_size)
+    seen, _ = score_views(OtherPools(data, scorer, unreadable, batch_size), scorer, actions, batch_size, share)
     found = {name: view_scores(listed, seen) for name, listed in actions.items()}
     for listed in found.values():  # where nothing was seen, the pool's order stays
         listed[unreadable] = -np.arange(listed.shape[1])
@@ -77,9 +77,7 @@ def fused(data, rows, actions, args):
     full = np.array([row["scores"] for row in rows["full"]], np.float32)  # [Q, K]
     found = full.copy()  # what FULL shows
     for i, feature in encode_crops(data, actions["policy"], args.device, args.batch_size):
-        # Of length 1 first: W is the share that the crop has.
-        view = (1 - args.fuse) * normalise(data.full[i]) + args.fuse * normalise(feature)  # [D]
-        found[i] = scores(view, data.candidates(i))
+        found[i] = scores(blend(data.full[i], feature, args.fuse), data.candidates(i))
     return [{**row, **ranking} for row, ranking in zip(rows["policy"], rankings(data.labels, found, full))]
 
 
@@ -100,13 +98,13 @@ def slug(name):
 
 def run(args):
     """Everything asked for -> the tables as lines."""
-    data, _, rows, actions = open_rows(args, METHODS, needed=("policy",) if args.fuse is not None else ())
+    data, result, rows, actions = open_rows(args, METHODS, needed=("policy",) if args.fuse is not None else ())
     own = data.manifest["scorer"]["name"]
     sets, lines = {own: rows}, []
     with hold(args.out, "--out"):
         for name in args.scorer:
             scorer = load_scorer(name, args.device)
-            sets[name] = rescore(data, scorer, rows, actions, args.batch_size)
+            sets[name] = rescore(data, scorer, rows, actions, args.batch_size, result.get("fuse", 1.0))
             del scorer  # one at a time in memory
             for method, listed in sets[name].items():
                 write_rows(os.path.join(args.out, f"{args.split}.{method}@{slug(name)}.jsonl"), listed)

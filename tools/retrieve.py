@@ -16,7 +16,7 @@ import numpy as np
 from evaluate import cells, rankings, write_rows
 from prepare import nearest_entities
 from rewards import metrics, summary
-from scorer import InputError, hold
+from scorer import InputError, blend, hold
 from tools.rows import add_flags, encode_crops, finish, open_rows
 
 K = 20
@@ -34,7 +34,7 @@ def retrieve(data, views, device):
 
 def run(args):
     """Both retrievals, to their files -> Table 8 as lines."""
-    data, _, _, actions = open_rows(args, ("policy",), needed=("policy",))
+    data, result, _, actions = open_rows(args, ("policy",), needed=("policy",))
     for i, query in enumerate(data.queries):
         if not query.positives:
             raise InputError(f"{data.queries.path}:{i + 1}: query {query.query_id!r} names no positives, so recall over"
@@ -42,7 +42,7 @@ def run(args):
     views = {"full": np.asarray(data.full, np.float32)}  # [Q, D]
     views["policy"] = views["full"].copy()
     for i, feature in encode_crops(data, actions["policy"], args.device, args.batch_size):
-        views["policy"][i] = feature
+        views["policy"][i] = blend(views["full"][i], feature, result.get("fuse", 1.0))
     found = {name: retrieve(data, listed, args.device) for name, listed in views.items()}
     lines = [f"{'Table 8':16}" + cells(COLUMNS, 8, "")]
     full_rank = metrics(found["full"][1], found["full"][0], ks=())["rank"]  # [Q]
