@@ -56,12 +56,12 @@ PRESETS = {
     # App. B. "Batch size 4 per device" on 4 GPUs is read as 16 queries of N rollouts a step, however many GPUs do it.
     # The KL term's weight is not printed there; the release has .1, but compares with a policy only 8 ranks away.
     "paper": dict(queries=16, group=8, epochs=2.0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
-                  reward="delta", eval_every=200, save_every=100),
+                  balance="force", reward="delta", eval_every=200, save_every=100),
     # The stand-in is a thousand times smaller: its LoRA takes larger steps. Its vision tower stays frozen, so image
     # features are computed once. Without dropout and KL it learns as well and faster. Eq. 8 pays a REGION nothing for
     # leaving the right answer first: on the embedded world the policy then never crops (docs/results.md).
     "mini": dict(queries=16, group=8, steps=120, lr=2e-3, warmup=10, dropout=0.0, targets="language",
-                 beta=0.0, reward="absolute", eval_every=40, save_every=20),
+                 beta=0.0, balance="analytic", reward="absolute", eval_every=40, save_every=20),
 }
 
 
@@ -92,7 +92,7 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("max-pixels", number(int, 28 * 28), None, "area that the policy's images are shrunk to; None = its own"),
         ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1; in torchrun cpu or cuda")],
     "r-GRPO (Sec. 3.4; rgrpo.py explains the readings)": [
-        ("balance", ("force", "analytic", "resample", "none"), "force", "how both decisions come into a group"),
+        ("balance", ("force", "analytic", "resample", "none"), None, "how both decisions come into a group"),
         ("advantage", ("factored", "group", "conditional", "balanced"), "factored", "what a token is judged by"),
         ("decision-weight", ("uniform", "pi"), "uniform", "of FULL and REGION in the decision's advantage"),
         ("std", bool, True, "divide advantages by the group's deviation (Eq. 9)"),

@@ -99,7 +99,7 @@ def test_ours_is_a_step_of_train(args):
     """Its defaults but for the shape: the numbers are those of train.py."""
     asked = vars(bench.settings(bench.parse_args([*TINY, "--hold", "0.5"])))
     assert (asked["queries"], asked["group"], asked["hold"], asked["micro_tokens"]) == (2, 4, 0.5, 8192)
-    changed = {name for name, value in vars(train.parse_args([])).items() if asked[name] != value}
+    changed = {name for name, value in vars(train.parse_args(["--preset", "paper"])).items() if asked[name] != value}
     assert changed <= {"queries", "group", "hold", "micro_tokens", "beta"}
     scorer, images, actions, counts, data = bench.reward_inputs(args)
     rewards, passes = bench.earn(data, scorer, images, actions, args)

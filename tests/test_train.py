@@ -96,7 +96,7 @@ def flags(home, run="run", *more):
     return ["--data", f"{home}/data", "--policy", f"{home}/policy", "--scorer", f"{home}/scorer", "--device", "cpu",
             "--system-prompt", f"{home}/prompt.txt", "--run", str(run), "--queries", "2", "--group", "4",
             "--steps", "4", "--micro-tokens", "200", "--save-every", "2", "--eval-every", "2", "--samples-every", "1",
-            "--lr", "0.01", "--warmup", "1", "--reward", "delta", *more]
+            "--lr", "0.01", "--warmup", "1", "--reward", "delta", "--balance", "force", *more]
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ the prompt of Table 10, N = 8 rollouts of 4 queries, answers as long as the temp
 * encode: the scorer's image tower against open_clip's own ViT of the same shape, in turns, on pixels that are ready;
 * act: inference with grammar and free decoding of answers of the same length, one query at a time and in batches; and
   of FULL, which is the prefill alone, so that the time of writing can be told from that of reading.
-Ours follows train.py's defaults: half of a group is FULL, which ends at the decision. The repeated rollouts know no
-grammar and write N whole answers; that is part of what is compared, though small beside the prompt.
+Ours follows the paper's preset of train.py: half of a group is FULL, which ends at the decision. The repeated rollouts
+know no grammar and write N whole answers; that is part of what is compared, though small beside the prompt.
 
 Every case runs in a process of its own; tools/meter.py says how memory is taken and what a floor is. Letters as in
 policy.py.
@@ -233,9 +233,9 @@ def answer_length(policy, args):
 
 
 def settings(args):
-    """train.py's arguments, its defaults but for the shape."""
-    return train.parse_args(["--beta", "0", *(word for name in ("queries", "group", "hold", "micro_tokens")
-                                              for word in (f"--{name.replace('_', '-')}", str(getattr(args, name))))])
+    """train.py's arguments for the paper's preset, but for the shape and the KL."""
+    shape = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("queries", "group", "hold", "micro_tokens")]
+    return train.parse_args(["--preset", "paper", "--beta", "0", *shape])
 
 
 def roll(policy, prompts, args, seed=0):
