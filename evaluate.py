@@ -519,6 +519,8 @@ def report(result):
                      "Knowing *when* to crop could give base_best, knowing *where* what learned_best has beyond it")
     notes += [f"{rule} crops where {RULES[rule]} is one of: {', '.join(map(str, values)) or 'none'} (fitted on "
               f"{result['rules_from']})" for rule, values in result["rules"].items()]
+    if result.get("fuse", 1) < 1:
+        notes.append(f"crops are scored together with the full image: {result['fuse']:g} is the crop's share (--fuse)")
     if "zeroshot2" in methods:
         notes.append(f"zeroshot2 is {result['models']['zeroshot2']}")
     if result["unreadable"]["count"]:

@@ -579,7 +579,8 @@ def test_unreadable_image_keeps_its_row(world, tmp_path, how, capsys):
 
 # -------------------------------------------------------------------------------------------------------------- pieces
 
-def test_views_against_the_plain_way(tmp_path):
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_views_against_the_plain_way(tmp_path, share):
     """Batches, shared views and skipped encodes against a loop that does everything for every query and method."""
     data, scorer, rng = load_data(build(tmp_path)[1], "test"), ColourScorer(), np.random.default_rng(0)
     data.full = rng.random((4, 3), np.float32)  # no two full images alike
@@ -591,14 +592,15 @@ def test_views_against_the_plain_way(tmp_path):
                 Action("REGION", LEFT, None, "")][rng.integers(4)]
 
     actions = {name: [draw() for _ in range(4)] for name in "abcdef"}
-    seen, seconds = evaluate.score_views(data, scorer, actions, batch_size=3)
+    seen, seconds = evaluate.score_views(data, scorer, actions, batch_size=3, share=share)
     views = {(i, a.box) for listed in actions.values() for i, a in enumerate(listed) if a.decision == "REGION"}
     assert seconds.keys() == views and scorer.encoded == len(views)
     for listed in actions.values():
         for i, (action, found) in enumerate(zip(listed, evaluate.view_scores(listed, seen), strict=True)):
             view = data.full[i]
             if action.decision == "REGION":
-                view = scorer.image_features([cut(data.open_image(i), action.box)])[0]
+                part = scorer.image_features([cut(data.open_image(i), action.box)])[0]
+                view = (1 - share) * view / np.linalg.norm(view) + share * part / np.linalg.norm(part)
             np.testing.assert_allclose(found, cosine(np.float32(view), data.candidates(i)), atol=1e-6)
 
 

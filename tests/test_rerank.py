@@ -160,6 +160,17 @@ def test_many_at_once_equal_one_by_one():
         np.testing.assert_array_equal(found.after, alone.after)
 
 
+def test_crop_and_full_image_can_be_scored_together():
+    """A policy that was trained with --fuse .5: halves of both, each of length 1."""
+    pool = fuse(np.array([COLOURS[n] for n in NAMES], np.float32))
+    found = tool.rerank(two_halves(), "0", pool, ScriptedPolicy(), ColourScorer(), share=0.5)
+    assert found.action.decision == "REGION"
+    full, crop = (f / np.linalg.norm(f) for f in ColourScorer().image_features([two_halves(), found.view]))
+    both = (full + crop) / np.linalg.norm(full + crop)
+    np.testing.assert_allclose(found.after, pool @ both, atol=1e-6)
+    assert np.abs(found.after - pool @ crop).max() > 0.01
+
+
 def test_images_that_are_not_rgb_are_read_as_files_are():
     """Transparent parts are white and 16 bits are 8, also of a PIL image."""
     assert tool.open_image(Image.new("RGBA", (8, 8), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
