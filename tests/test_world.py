@@ -356,7 +356,7 @@ def test_looks_come_back_in_other_genera():
     for siblings in genera(False, count=1200, share=0.25):
         for entity in siblings:
             owners.setdefault(json.dumps(entity.look), set()).add(entity.family)
-    assert np.median([len(families) for families in owners.values()]) >= 4
+    assert np.median([len(families) for families in owners.values()]) >= 2
 
 
 def test_siblings_of_one_look_differ_only_around_it(monkeypatch):

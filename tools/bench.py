@@ -234,7 +234,8 @@ def answer_length(policy, args):
 
 def settings(args):
     """train.py's arguments for the paper's preset, but for the shape and the KL."""
-    shape = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("queries", "group", "hold", "micro_tokens")]
+    names = ("queries", "group", "hold", "micro_tokens")
+    shape = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     return train.parse_args(["--preset", "paper", "--beta", "0", *shape])
 
 
