@@ -229,8 +229,8 @@ def main():
 
     Boxes are bad at first, so the decision turns away from cropping unless they are learned in time. `factored` judges
     a box by the other boxes of its query: `force` sees to it that there are some, `resample` to one alone, which has
-    nothing to be compared with, and plain groups hold one or two. So both give up here, but not on the embedded world,
-    whose boxes are good from the start. `group` on all tokens compares a box with FULL, too.
+    nothing to be compared with, and plain groups hold one or two. So both give up here. On the embedded world all do
+    under these rewards, for another reason (docs/results.md). `group` on all tokens compares a box with FULL, too.
     """
     print("balance   advantage      crops if it helps  if it hurts  box quality  reward (all FULL .500, best .550)")
     for row in (("force", "factored"), ("analytic", "factored"), ("force", "factored", "pi"), ("force", "group"),
