@@ -32,10 +32,10 @@ DEMO_PORT ?= 8000
 DEMO_FLAGS ?=
 # Ablations: readings of r-GRPO and of its reward, each with every seed. READINGS="default fuse" SEEDS="0 1" asks for fewer.
 SEEDS ?= 0 1 2
-READINGS ?= default analytic fuse pi nostd group conditional balanced resample plain free \
+READINGS ?= default force fuse pi nostd group conditional balanced resample plain free \
     paper mrr ndcg rank shyforce shyresample shyplain
-flags.analytic := --balance analytic
-flags.fuse := --balance analytic --fuse .5
+flags.force := --balance force
+flags.fuse := --fuse .5
 flags.pi := --decision-weight pi
 flags.nostd := --no-std
 flags.group := --advantage group
@@ -44,13 +44,13 @@ flags.balanced := --advantage balanced
 flags.resample := --balance resample
 flags.plain := --balance none --advantage group
 flags.free := --decode free
-# Rewards by Eq. 7-8, with other weights too.
-flags.paper := --reward delta
+# Rewards by Eq. 7-8, with the paper's groups and with other weights.
+flags.paper := --reward delta --balance force
 flags.mrr := --reward delta --reward-weights 1 0 0 0
 flags.ndcg := --reward delta --reward-weights .5 .5 0 0
 flags.rank := --reward delta --reward-weights .333 .333 .334 0
 # From a policy that practically never crops: trained on rewards that pay for FULL alone.
-flags.shyforce = --init-adapter $(dir $(SHY))adapter
+flags.shyforce = --init-adapter $(dir $(SHY))adapter --balance force
 flags.shyresample = --init-adapter $(dir $(SHY))adapter --balance resample
 flags.shyplain = --init-adapter $(dir $(SHY))adapter --balance none --advantage group
 

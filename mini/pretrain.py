@@ -288,8 +288,8 @@ def question_texts():
                  for same in ((), [look | {"pattern": None}, look | {"accent": None}])
                  for name in world.phrases(look, category, same, side)}
         names |= {world.phrases(look, category, [look])[0] for look in looks}
-        kind = "species" if category in world.SPECIES else "landmark"
-        texts += [question.format(c=name) for question in world.QUESTIONS[kind] for name in sorted(names)]
+        questions = world.QUESTIONS[world.kind_of(category)]
+        texts += [question.format(c=name) for question in questions for name in sorted(names)]
     return texts
 
 
@@ -533,7 +533,7 @@ class Questions:
         side = world.side_of(scaled[asked], [scaled[s] for s in same])
         category = CATEGORIES[kinds[asked, 0]]
         name = world.pick(rng, world.phrases(looks[asked], category, [looks[s] for s in same], side))
-        question = world.pick(rng, world.QUESTIONS["species" if category in world.SPECIES else "landmark"])
+        question = world.pick(rng, world.QUESTIONS[world.kind_of(category)])
         largest = max((asked, *same), key=lambda s: np.prod(boxes[s, 2:] - boxes[s, :2]))
         return question.format(c=name), asked, largest if rng.random() < SALIENT else asked
 

@@ -7,7 +7,7 @@ Whether a crop helps is seen in the picture alone: each of the 13 nouns (beetle,
 
 * **among** others: the siblings of a genus differ in their own look, and the target stands among other things, some of
   its own category or even its own genus. The full image is confused; a crop to the right one tells.
-* **filled**: the same, but the target fills the frame. A crop changes little.
+* **filled**: the same, but the target fills the frame. A crop has little to gain.
 * **around**: the siblings look all alike; what tells them apart stands around them. A crop to the target loses it.
 
 *Where* to crop is in the question ("the striped beetle", "the tower on the left"). Each genus has a habitat, in its
@@ -136,8 +136,12 @@ class Entity:
 
     @property
     def kind(self):
-        """The benchmark's two sources of images: it says nothing about whether a crop helps."""
-        return "landmark" if self.category in LANDMARKS else "species"
+        return kind_of(self.category)
+
+
+def kind_of(category):
+    """The benchmark's two sources of images: it says nothing about whether a crop helps."""
+    return "landmark" if category in LANDMARKS else "species"
 
 
 def pick(rng, options):
