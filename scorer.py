@@ -39,7 +39,6 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torchvision import transforms
 
 
 class InputError(ValueError):
@@ -169,6 +168,7 @@ class Preprocess:
     """
 
     def __init__(self, size=None, steps=None):
+        from torchvision import transforms  # here, not above: it takes a second, pool files and --help need none of it
         self.steps = steps or transforms.Compose([
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size),
             transforms.ToTensor(), transforms.Normalize(PIXEL_MEAN, PIXEL_STD)])
