@@ -270,8 +270,12 @@ def model_actions(policy, names, data, sizes, args, answers):
         for each in passes:
             begin = time.perf_counter()
             with policy.adapter(not each.startswith("base")):
-                found = policy.act(images, questions, decode=each.split()[2], batch_size=args.batch_size,
-                                   force="REGION" if "forced" in each else None)
+                try:
+                    found = policy.act(images, questions, decode=each.split()[2], batch_size=args.batch_size,
+                                       force="REGION" if "forced" in each else None)
+                except ValueError as error:  # a question with a special token in it
+                    raise InputError(f"{data.queries.path}: {error}; counted from 0 in queries "
+                                     f"{[data.queries[i].query_id for i in batch]}") from error
             seconds = (time.perf_counter() - begin) / len(batch)
             answers.add({(each, i): [a.decision, a.box, a.p_region, a.text, seconds] for i, a in zip(batch, found)})
     actions = {name: [] for name in names}
@@ -326,7 +330,7 @@ def ceiling(data, scorer, actions, seen, sizes, config, args, answers):
     labels = np.asarray(data.labels)
     best = best_of([actions[name] for name in ("full", "always", "truth") if name in actions], seen, labels)
     rank = metrics(view_scores(best, seen), labels, ks=())["rank"]  # [Q]
-    open_ones = [i for i in np.flatnonzero((rank > 1) & labels.any(1)).tolist() if sizes[i]]
+    open_ones = dict.fromkeys(i for i in np.flatnonzero((rank > 1) & labels.any(1)).tolist() if sizes[i])
     todo = [i for i in open_ones if ("drawn", i) not in answers]
     policy = open_policy(args.policy or config.get("policy"), config, args, trained=True) if todo else None
     step = max(1, args.batch_size // BOXES)  # so many answers at once as in the other passes: memory
@@ -365,7 +369,7 @@ def score_views(data, scorer, actions, batch_size=64, share=1.0):
     seconds that a box took, {view: s}.
 
     The full image's feature is stored, so nothing is encoded for it. Each different box is encoded once, however many
-    methods chose it. batch_size: of views, so each image is opened once, or twice where a batch ends in its boxes.
+    methods chose it. batch_size: of views; an image is opened once for each batch that holds boxes of it.
     share: of the crop (`scorer.blend`).
     """
     boxes = {i: dict.fromkeys(listed[i].box for listed in actions.values()) for i in range(len(data))}
@@ -574,14 +578,14 @@ def evaluate(args):
     data, scorer, methods, truth, config = open_all(args)
     told = ("data", "run", "split", "decode", "policy_dtype", "threshold", "center_fraction", "seed", "zeroshot",
             "rules_from", "fuse")
-    about = {**{name: getattr(args, name) for name in told}, "scorer": scorer.name,
+    # By content: an adapter that was trained on is another, and config.json holds prompt and image size.
+    files = [hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
+             for path in (f"{args.adapter}/adapter_model.safetensors", f"{args.run}/config.json")]
+    about = {**{name: getattr(args, name) for name in told}, "scorer": scorer.name, "adapter_sha256": files[0],
              "training_seed": config.get("args", {}).get("seed"),
              "models": {"policy": args.policy or config.get("policy"), "zeroshot2": args.zeroshot_policy}}
     asked = ("decode", "policy_dtype", "models", "seed")
-    key = {"pools": data.identity, "files": [], **{name: about[name] for name in asked}}
-    for path in (f"{args.adapter}/adapter_model.safetensors", f"{args.run}/config.json"):  # config: prompt, image size
-        if os.path.isfile(path):
-            key["files"].append(hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    key = {"pools": data.identity, "files": files, **{name: about[name] for name in asked}}
     os.makedirs(args.out, exist_ok=True)
     with hold(args.out, "--out"):
         answers = Answers(f"{args.out}/{args.split}.actions.part", key)
@@ -602,8 +606,8 @@ def evaluate(args):
         for name in methods:
             seconds = []  # loading images and searching the pool are not counted
             for i, action in enumerate(actions[name]):
-                asked = answers.get((pass_of(name, args), i), [0])[-1] if name in MODELS else 0
-                seconds.append(asked + view_seconds.get((i, action.box), 0) or None)
+                took = answers.get((pass_of(name, args), i), [0])[-1] if name in MODELS else 0
+                seconds.append(took + view_seconds.get((i, action.box), 0) or None)
             forced = actions.get(BOX_OF.get(name), actions["full"])
             rows[name] = make_rows(data, actions[name], forced, seen, truth, sizes, seconds)
         result = tabulate(about, rows)

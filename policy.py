@@ -6,12 +6,13 @@
 From top to bottom: the words (prompt, answer, `parse`), the grammar, LoRA, prompts and completions, decoding, `Policy`,
 adapter files, loading. What rollouts share is computed once: an image goes through the vision tower once a `Prompt`
 (with LoRA in the tower once in every forward pass), a prompt is prefilled once and its key-value cache copied to the
-rollouts, and a training row is `[prompt | tree]`: the
-completions of a query, common beginnings merged, under a mask by which a token sees the prompt and its ancestors alone.
+rollouts, and a training row is `[opening | prompt | tree | prompt | tree ...]`: queries with their completions, common
+beginnings merged, under a mask by which a token sees its prompt and its ancestors alone.
 
 Frames: a box in *text* is in pixels of the RESIZED image that the model was given; a box in an `Action` is in pixels of
-the original image, (x1, y1, x2, y2), right and bottom exclusive. Letters: B queries, M completions, R rows being
-decoded, P choices, T tokens, L row length, S cache slots, V vocabulary, C allowed tokens, D width, G image tokens.
+the original image, (x1, y1, x2, y2), right and bottom exclusive. Letters: B queries, M completions, R rows of a
+forward pass, P choices, U sites held, O tokens of the opening, T tokens, L row length, S cache slots, V vocabulary,
+C allowed tokens, D width, G image tokens.
 Simplified: one image a prompt, no beam search; the grammar writes whole numbers and no label.
 """
 
@@ -270,7 +271,8 @@ class Completion:
 
     ids: list[int]
     free: list[bool]                # True where the token was a choice: the decision, a digit, or what ends a number
-                                    # (unless nothing else could stand there); in free decoding everywhere
+                                    # (unless nothing else could stand there); in free decoding everywhere but in the
+                                    # template before a forced decision
     allowed: list[tuple | None]     # at a choice: the token ids it was made among, None = the whole vocabulary
     log_probs: list[float]          # at a choice: log pi(token), renormalised over `allowed`; 0 elsewhere
     decision_index: int | None      # index of the decision token; None where the answer has no readable decision
@@ -359,22 +361,22 @@ def common_length(prompts):
 
 
 def queries_a_row(shared, own, width):
-    """How many queries make the cheapest row, in products: what they share, P tokens, is read once a row, but attention
-    takes L^2 products, masked or not. With r tokens of its own a query costs least at sqrt(P (P + 6 D)) / r; attention
+    """How many queries make the cheapest row, in products: what they share, O tokens, is read once a row, but attention
+    takes L^2 products, masked or not. With r tokens of its own a query costs least at sqrt(O (O + 6 D)) / r; attention
     under a mask runs at about a third of the rate of the other layers, hence 2 D."""
     return max(1, round(math.sqrt(shared * (shared + 2 * width)) / own))
 
 
 @dataclass
 class Pack:
-    """Completions of some queries as one forward pass scores them (`Policy.pack`). P choices, S sites."""
+    """Completions of some queries as one forward pass scores them (`Policy.pack`). P choices, U sites."""
 
     queries: list[int]          # B indices, of those that were given to `pack`
     owners: list                # M of (query, its completion's number), in the order of the queries
     completions: list           # M
     layout: Layout
     choices: list               # P of (m, t, (row, slot), token, allowed): token t of completion m is predicted there
-    sites: list                 # S of (i, (row, slot), tokens fed or allowed there), each node of queries[i]'s tree
+    sites: list                 # U of (i, (row, slot), tokens fed or allowed there), each node of queries[i]'s tree
 
 
 # ---- decoding: the answer being written, and the rows of the model that write it
@@ -573,7 +575,7 @@ class Policy:
 
     @functools.cached_property
     def opening(self):
-        """Tokens with which every prompt begins, int64 [P]: the system's turn, hundreds of tokens."""
+        """Tokens with which every prompt begins, int64 [O]: the system's turn, hundreds of tokens."""
         return torch.tensor(self.processor.tokenizer(self._chat())["input_ids"], dtype=torch.long)
 
     def _chat(self, question=None):
@@ -712,7 +714,7 @@ class Policy:
             positions = torch.arange(len(ids), device=self.device).expand(3, 1, -1)             # text: all three alike
             self.language_model(input_ids=ids[None].to(self.device), position_ids=positions,
                                 past_key_values=self._prefix[1], use_cache=True)
-        for i, layer in enumerate(self._prefix[1].layers):                                      # keys [1, heads, P, d]
+        for i, layer in enumerate(self._prefix[1].layers):                                      # keys [1, heads, O, d]
             cache.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), i)
         return cache, len(ids)
 
@@ -840,10 +842,10 @@ class Policy:
             blank = logp.new_full((*table.shape, log_probs.shape[-1]), -1e4)                            # [M, T, C]
             out["options"] = blank.index_put(index, log_probs)
         if hold:
-            owners, places, allowed = map(list, zip(*pack.sites))                                       # S each
+            owners, places, allowed = map(list, zip(*pack.sites))                                       # U each
             rows, slots = map(list, zip(*places))
-            at = torch.tensor(owners, device=logp.device)                                               # [S]
-            outside, ones = self._outside(hidden[rows, slots], allowed), torch.ones_like(at, dtype=logp.dtype)  # [S]
+            at = torch.tensor(owners, device=logp.device)                                               # [U]
+            outside, ones = self._outside(hidden[rows, slots], allowed), torch.ones_like(at, dtype=logp.dtype)  # [U]
             sums, counts = (logp.new_zeros(len(pack.queries)).index_add(0, at, x) for x in (outside, ones))     # [B]
             out["outside"] = sums / counts
         return out
@@ -863,7 +865,7 @@ class Policy:
         return None, *map(torch.cat, zip(*parts))
 
     def _outside(self, hidden, allowed):
-        """-log of the probability that the whole vocabulary gives to the tokens allowed at each of S sites -> [S]."""
+        """-log of the probability that the whole vocabulary gives to the tokens allowed at each of U sites -> [U]."""
         def score(part, allowed):
             logits = F.linear(part, self.model.lm_head.weight).float()                                  # [s, V]
             width = max(map(len, allowed))
@@ -1108,12 +1110,14 @@ def load_policy(name, adapter=None, device="cpu", dtype=None, max_pixels=None, s
     if config.get("model_type") != "qwen2_5_vl":  # transformers would load other architectures with a warning
         raise ValueError(f"{name!r} is a {config.get('model_type')} model; the policy must be a qwen2_5_vl one")
     dtype = dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
-    # dtype belongs here: model.to(bfloat16) afterwards would also cast the rotary frequencies.
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        name, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+    try:  # dtype belongs here: model.to(bfloat16) afterwards would also cast the rotary frequencies
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, RuntimeError, SafetensorError) as error:  # files that are missing or cut short
+        raise ValueError(f"{name}: cannot be loaded ({error}): fetch it again") from error
     if info["missing_keys"]:  # transformers fills them at random and warns
         raise ValueError(f"{name}: the checkpoint lacks {sorted(info['missing_keys'])[:3]} ...; they would be random")
-    processor = AutoProcessor.from_pretrained(name)
     size = dict(processor.image_processor.size)
     longest = max_pixels or min(size["longest_edge"], 1280 * 28 * 28)
     processor.image_processor.size = {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}

@@ -47,7 +47,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from scorer import (ARRAYS, InputError, Lines, Query, TooLarge, hold, load_scorer, normalise, read_image, read_trec,
+from scorer import (ARRAYS, BadSize, InputError, Lines, Query, hold, load_scorer, normalise, read_image, read_trec,
                     replacing, trec_id, warn_of_idle_card, write_array, write_json, write_split)
 
 # Every reason for which something is left out. Some end with a detail, as "question_type '2_hop'".
@@ -60,13 +60,13 @@ REASONS = (
     # the same, of train alone: a pool without the positive teaches nothing
     "positive not in the knowledge base", "positive has no image", "positive not in the pool",
     # an image, of a row or of an entry
-    "image missing", "image unreadable", "image too large",
+    "image missing", "image unreadable", "image of a bad size",
     # an entry of the knowledge base, with its images
     "entry repeated", "entry beyond --limit", "entry in no pool", "entry has no image",
     "no image url of the entry is known", "no image of the entry can be read",
     # an image that an entry lists
     "image url not in", "image repeated in its entry")
-FAULTS = ("", "image missing", "image unreadable", "image too large")  # what a state of Features says
+FAULTS = ("", "image missing", "image unreadable", "image of a bad size")  # what a state of Features says
 COLUMNS = ("question", "question_type", "dataset_name", "dataset_image_ids", "wikipedia_url")
 SINGLE_HOP = ("automatic", "templated", "multi_answer", "infoseek")  # what all prior work keeps
 KB_NAMES = {"infoseek": ("wiki_100_dict_v4.json", "encyclopedic_kb_wiki.json", "wiki_corpus.json"),
@@ -663,7 +663,7 @@ def read_pictures(root, paths, preprocess, items):
         except FileNotFoundError:
             state[n] = FAULTS.index("image missing")
         except InputError as error:
-            state[n] = FAULTS.index("image too large" if isinstance(error, TooLarge) else "image unreadable")
+            state[n] = FAULTS.index("image of a bad size" if isinstance(error, BadSize) else "image unreadable")
     return state, torch.stack(pixels) if pixels else ()
 
 

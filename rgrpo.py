@@ -13,8 +13,8 @@ import argparse
 
 import torch
 
-FULL, REGION, MALFORMED = 0, 1, 2  # an outcome in a tensor
-CODES = {"FULL": FULL, "REGION": REGION, "MALFORMED": MALFORMED}  # and everywhere else
+FULL, REGION, MALFORMED = 0, 1, 2  # decisions in tensors
+CODES = {"FULL": FULL, "REGION": REGION, "MALFORMED": MALFORMED}  # by their names, which all other files use
 
 
 def plan(n, balance="force", decisions=None):
@@ -71,10 +71,10 @@ def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p
                std=True, std_floor=0.05, eps=1e-4):
     """Advantages of B groups of N rollouts (Eq. 9), for the decision token and for the box tokens: two float32 [B, N].
 
-    rewards: float [B, N]. decisions: int [B, N]. weights: [B, N], how many rollouts an entry stands for (1 each); 0 for
-    an entry that only fills up its row. mode: "factored" (the module's docstring); on all tokens alike "group" (Eq. 9
-    as printed), "conditional" (z-score inside the decision: FULL's reward is a constant of the query, so the decision
-    learns nothing) or "balanced" (Eq. 9, both decisions weighing the same in mean and deviation).
+    rewards: float [B, N]. decisions: int [B, N]. weights: [B, N], how many rollouts an entry stands for (1 each).
+    mode: "factored" (the module's docstring); on all tokens alike "group" (Eq. 9 as printed), "conditional" (z-score
+    inside the decision: FULL's reward is a constant of the query, so the decision learns nothing) or "balanced"
+    (Eq. 9, both decisions weighing the same in mean and deviation).
     decision_weight: of factored. "uniform" counts rollouts; "pi" weighs a branch by pi(d | x), with p_region [B] =
     pi(REGION | x): the exact decision gradient. Uniform has its sign, but goes on pushing queries that are settled.
     std False: no division. Eq. 9, over the whole group, divides by sigma + eps; a z-score inside a decision by
@@ -92,7 +92,7 @@ def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p
         # The loss counts rollouts: it gives a branch N_d / N, so pi(d) N / N_d is what makes it count pi(d). sigma
         # stays the balanced group's: under pi it goes to 0 with a sure decision, which would undo the weight.
         wanted = branch_shares(decisions, share, p_region.double())  # [B, N]
-        deviation = centred(rewards, wanted)[0] * wanted / share.clamp_min(1e-12)
+        deviation = centred(rewards, wanted)[0] * wanted / share
     group = deviation / (sigma + eps) if std else deviation  # [B, N] Eq. 9
     alike = group  # [B, N] MALFORMED keeps this
     for decision in (FULL, REGION):
@@ -100,7 +100,7 @@ def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p
         deviation, sigma = centred(rewards, share * inside)
         alike = torch.where(inside, deviation / sigma.clamp_min(std_floor) if std else deviation, alike)
     pair = {"factored": (group, alike), "conditional": (alike, alike)}.get(mode, (group, group))
-    return tuple((a * (weights > 0)).float() for a in pair)
+    return tuple(a.float() for a in pair)
 
 
 def check_groups(rewards, decisions, weights, mode, decision_weight, p_region):
@@ -111,9 +111,9 @@ def check_groups(rewards, decisions, weights, mode, decision_weight, p_region):
         raise ValueError("decision weight 'pi' needs mode 'factored' and p_region, which is known under a grammar only")
     if rewards.dim() != 2 or not rewards.shape == decisions.shape == weights.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)}, decisions and weights must all be [B, N]")
-    bad = ~torch.isfinite(rewards).all(1) | (weights < 0).any(1) | (weights.sum(1) <= 0)  # [B]
+    bad = ~torch.isfinite(rewards).all(1) | (weights <= 0).any(1)  # [B]
     if bad.any():
-        raise ValueError(f"group {int(bad.int().argmax())}: rewards must be finite, weights >= 0 and not all 0")
+        raise ValueError(f"group {int(bad.int().argmax())}: rewards must be finite and weights above 0")
 
 
 def zero_advantage(decision, box, tolerance=1e-6):

@@ -6,7 +6,7 @@ their cosine (Eq. 4). Nothing here learns during r-GRPO.
 
     from scorer import crop, fuse, load_scorer, scores
     scorer = load_scorer("mini/scorer")
-    candidates = fuse(scorer.image_features(images), scorer.text_features(texts))           # [K, D]
+    candidates = fuse(scorer.image_features(images), scorer.text_features(texts))           # [K, D]; no text is empty
     query = scorer.image_features([crop(image, (30, 10, 200, 180))])                        # [1, D]
     print(scores(query, candidates))                                                        # [1, K]
 
@@ -119,12 +119,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows m
 MAX_PIXELS = 100_000_000
 
 
-class TooLarge(InputError):
-    """A picture of more than MAX_PIXELS pixels."""
+class BadSize(InputError):
+    """A picture of more than MAX_PIXELS pixels, or so narrow that Qwen2.5-VL cannot resize it."""
 
 
 def read_image(file, name=None):
-    """A picture -> PIL RGB image, every pixel decoded. FileNotFoundError, TooLarge or InputError, each naming it.
+    """A picture -> PIL RGB image, every pixel decoded. FileNotFoundError, BadSize or InputError, each naming it.
 
     file: a path, or a binary file that is called `name` in messages. Upright: the camera's EXIF orientation is applied,
     as browsers do, so boxes are in the pixels that a viewer shows. Of an animation the first frame.
@@ -133,16 +133,19 @@ def read_image(file, name=None):
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header, before pixels are decoded
-                raise TooLarge(f"image {name} has more than {MAX_PIXELS:,} pixels: make it smaller")
+                raise BadSize(f"image {name} has more than {MAX_PIXELS:,} pixels: make it smaller")
+            if max(image.size) > 200 * min(image.size):
+                raise BadSize(f"image {name} has {image.width} x {image.height} pixels: cut it, one side may be at "
+                              "most 200 times the other")
             image.load()  # open() reads the header only: a cut file shows itself here
             ImageOps.exif_transpose(image, in_place=True)
+            return as_rgb(image)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"image {name} is missing") from error
     # What Pillow's readers raise on damaged bytes.
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, ArithmeticError, struct.error,
             zlib.error, Image.DecompressionBombError) as error:
-        raise error if isinstance(error, TooLarge) else InputError(f"image {name} cannot be read: {error}")
-    return as_rgb(image)
+        raise error if isinstance(error, BadSize) else InputError(f"image {name} cannot be read: {error}")
 
 
 def as_rgb(image):
@@ -560,10 +563,6 @@ class Scorer:
         y, x = np.mgrid[:240, :320]
         drawn = np.stack([x * 255 // 320, (x // 5 + y // 7) % 2 * 255, x * y % 256], axis=-1)
         return normalise(self.image_features([Image.fromarray(drawn.astype(np.uint8))])[0])
-
-    def text_fingerprint(self):
-        """The same [D] of one fixed text; loads the text tower."""
-        return normalise(self.text_features(["A beetle with two red stripes, found on damp leaves in spring."])[0])
 
 
 class EvaClipScorer(Scorer):

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=4 -- train.py --preset paper --queries 16 ...     # four GPUs, as in the paper
 
 A step takes a few queries. The policy writes a decision-balanced group of answers to each, the frozen scorer re-ranks
-the query's pool with every crop, the reward is the improvement over the full image, and the policy is moved towards the
-better answers. Only LoRA weights learn. Nothing here reads a truth box; labels are read by the reward, and by the
-metrics of val.
+the query's pool with every crop, the reward is the improvement over the full image (Eq. 7; with --preset mini the
+view's .5 MRR + .5 NDCG), and the policy is moved towards the better answers. Only LoRA weights learn. Nothing here
+reads a truth box; labels are read by the reward, and by the metrics of val.
 
 Files of a run: config.json (arguments, pools), log.jsonl (a line a step; step -1 is the policy before training),
 samples.jsonl (what was said and what it earned), adapter/ (LoRA in peft's format) and state.pt at every save,
@@ -57,8 +57,8 @@ PRESETS = {
     # The KL term's weight is not printed there; the release has .1, but compares with a policy only 8 ranks away.
     "paper": dict(queries=16, group=8, epochs=2.0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
                   balance="force", reward="delta", eval_every=200, save_every=100),
-    # The stand-in is a thousand times smaller: its LoRA takes larger steps, which the KL keeps from ruining the digits of
-    # its boxes. Its vision tower stays frozen, so image features are computed once. Eq. 8 pays a REGION nothing for
+    # The stand-in is a thousand times smaller: its LoRA takes larger steps, which the KL keeps from ruining the digits
+    # of its boxes. Its vision tower stays frozen, so image features are computed once. Eq. 8 pays a REGION nothing for
     # leaving the right answer first: on the embedded world the policy then never crops (docs/results.md).
     "mini": dict(queries=16, group=8, steps=120, lr=2e-3, warmup=10, dropout=0.0, targets="language",
                  beta=0.02, balance="analytic", reward="absolute", eval_every=40, save_every=20),
@@ -69,8 +69,9 @@ def number(kind, least, below=math.inf):
     """An argparse type: an int or float of [least, below). NaN is neither."""
     def read(text):
         if not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}")
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below {below:.6g}")
         return kind(text)
+    read.__name__ = kind.__name__  # what argparse calls it
     return read
 
 
@@ -106,8 +107,8 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("norm", ("token", "sequence"), "token", "the loss is a mean over tokens or over rollouts"),
         ("reward", ("delta", "absolute"), None, "Eq. 7-8 | .5 MRR + .5 NDCG, the release's option"),
         ("reward-weights", number(float, -1e9), [0.2, 0.2, 0.2, 0.4], "of dMRR, dNDCG, dRank and dMargin in Eq. 7"),
-        ("fuse", number(float, 0, below=1.001), 1.0, "share of the crop beside the full image in the view that is "
-         "scored; 1 = the crop alone, as in the paper"),
+        ("fuse", number(float, 0, below=math.nextafter(1, 2)), 1.0, "share of the crop beside the full image in the "
+         "view that is scored; 1 = the crop alone, as in the paper"),
         ("eta", real, 1.0, "what MALFORMED costs (Eq. 7)"),
         ("encouragement", real, 0.0, "the release's bonus on every REGION reward at step 0, less each step"),
         ("encouragement-steps", least_1, 5000, "steps until that bonus is 0")],
@@ -308,14 +309,11 @@ def reward_groups(data, rows, actions, views, args, bonus=0.0):
 def judge(actions, counts, rewards, args):
     """Advantages of decision and of box tokens, and the answers' weights: three float32 [B, n].
 
-    counts: B lists, how many rollouts an answer stands for; rewards: of `reward_groups`. Short rows are filled up with
-    answers of weight 0, which `rgrpo.advantages` leaves out and gives the advantage 0.
+    counts: B lists, how many rollouts an answer stands for; rewards: of `reward_groups`.
     """
-    def table(rows):
-        return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)  # [B, n]
-
-    total, weight = table([earned["total"] for earned in rewards]).float(), table(counts).float()
-    codes = table([[rgrpo.CODES[action.decision] for action in group] for group in actions])
+    total = torch.tensor(np.stack([earned["total"] for earned in rewards])).float()  # [B, n]
+    weight = torch.tensor(counts).float()  # [B, n]
+    codes = torch.tensor([[rgrpo.CODES[action.decision] for action in group] for group in actions])
     p_region = None
     if args.decision_weight == "pi":
         p_region = torch.tensor([group[0].p_region for group in actions])  # [B]
@@ -328,8 +326,8 @@ def update(policy, optimizer, prompts, groups, advantages, args, names):
     """Gradient steps on one batch of groups -> the numbers to log.
 
     advantages: (decision, box, weight), [B, n] each. names: B query ids, for FloatingPointError. Groups without any
-    advantage cost no pass, unless a KL term pulls on them; they stay in the divisor, so leaving them out changes
-    nothing but time. Under torchrun this is the process's part; weights and numbers come out alike everywhere.
+    advantage cost no pass, unless a KL term pulls on them; they stay in the divisors, and their template is not held in
+    that step. Under torchrun this is the process's part; weights and numbers come out alike everywhere.
     """
     idle = rgrpo.zero_advantage(*advantages[:2])  # [B]
     work = [b for b in range(len(groups)) if args.beta or not idle[b]]
@@ -396,7 +394,7 @@ def backward(policy, pack, advantages, total, old, hold, args, names):
         # Where every log-probability is finite, it was the ratio or the KL term: any query of the part may be the one.
         sick = {b for b, fine in zip(owners, logp.isfinite().all(1).tolist()) if not fine} or set(owners)
         raise FloatingPointError(f"{error}; queries {[names[b] for b in sorted(sick)]}") from error
-    # Both are means over the queries of the whole step.
+    # Both are divided by the queries of the whole step; one that was left out counts 0.
     if args.beta and exact:
         of = torch.tensor(owners, device=logp.device)  # [M]
         kl = rgrpo.answer_kl(logp, out["options"], reference["options"], mask, choice, of, weight) / args.queries
@@ -595,7 +593,7 @@ def open_board(args, start):
 
 
 # --------------------------------------------------------------------------------------------------- the run's files
-FREE = ("steps", "epochs", "eval_every", "val_queries", "save_every", "samples_every", "max_prompt_tokens",
+FREE = ("steps", "epochs", "eval_every", "save_every", "samples_every", "max_prompt_tokens",
         "checkpointing", "tensorboard", "wandb")
 
 
@@ -729,6 +727,8 @@ def open_data(args):
     with phase("data"):  # before the scorer: a fault of the data should not wait for gigabytes
         data = load_data(args.data, "train")
         val = load_data(args.data, "val") if args.eval_every else None
+    if (rows := data.manifest.get("args", {}).get("limit")) and process()[0] == 0:
+        print(f"note: {args.data} is a trial of prepare.py --limit {rows}: its pools are easier than the real ones")
     for part, advice in ((data, "see the counts in manifest.json"), (val, "prepare some, or give --eval-every 0")):
         if part is not None and not len(part):
             raise InputError(f"{part.queries.path}: no query here to learn from or to evaluate on; {advice}")
@@ -759,7 +759,8 @@ def open_policy(args, prompt):
         if args.init_adapter and not (args.resume and (Path(args.run) / "state.pt").exists()):
             policy.load_adapter(args.init_adapter)
     except ValueError as error:
-        raise InputError(f"{error} (of --init-adapter, --rank, --alpha and --targets must be the same)") from error
+        hint = " (of --init-adapter, --rank, --alpha and --targets must be the same)" * bool(args.init_adapter)
+        raise InputError(f"{error}{hint}") from error
     policy.max_new_tokens = args.max_new_tokens
     if args.checkpointing:
         # Decoder layers and vision blocks, in train mode alone: `backward` keeps that mode until its gradients are
@@ -792,6 +793,8 @@ def train(args):
         start = load_state(run / "state.pt", policy, optimizer) if holds == "state" else 0
         # Rounded first: 0.7 * 10 is a little above 7 in floating point and must not cost an eighth step.
         steps = args.steps or math.ceil(round(args.epochs * len(data) / args.queries, 6))
+        if start > steps:
+            raise InputError(f"{run} has {start} steps already, more than the {steps} asked for: choose another --run")
         # Also the moment at which all have read the run folder, and process 0 may write there.
         if len(seen := set(gather([(start, data.identity)]))) > 1:
             raise InputError(f"the processes see different files (steps done, pools): {seen}; --run and --data must be "

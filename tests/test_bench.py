@@ -264,6 +264,13 @@ def test_bad_flags(flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
+def test_a_process_of_its_own_runs_where_the_program_does(tmp_path, monkeypatch):
+    """So that a relative --folder is the same for both; the project's files are found all the same."""
+    (tmp_path / "probe.py").write_text("import json, os, rewards\nprint(json.dumps([os.getcwd(), rewards.__file__]))\n")
+    monkeypatch.chdir(tmp_path)
+    assert meter.start_case("any", [], "probe") == [os.getcwd(), str(meter.ROOT / "rewards.py")]
+
+
 def test_a_process_of_its_own():
     result = meter.start_case("reward", [*TINY, "--queries", "1"], "tools.bench")
     assert result["counts"] == {"image_passes": 2} and len(result["seconds"]["reward"]) == 1

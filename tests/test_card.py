@@ -1,11 +1,14 @@
 """The model card says what the run's files say, and nothing that they do not."""
 
+import contextlib
+import hashlib
 import json
 import textwrap
 
 import pytest
 import yaml
 
+import train
 from policy import SYSTEM_PROMPT
 from tools import card
 
@@ -25,6 +28,13 @@ def test_card_by_hand():
     assert "* test: 9 rows read, 7 kept, 4 with a right answer in the pool" in text
     assert "| lr | `5e-05` |" in text and "| std | `false` |" in text
     assert "micro" not in text and "| policy |" not in text
+
+
+def test_every_argument_of_the_method_is_told():
+    groups = [[name.replace("-", "_") for name, *_ in flags] for title, flags in train.FLAGS.items()
+              if title.startswith(("r-GRPO", "LoRA", "sizes"))]
+    where = {"micro_tokens", "max_new_tokens", "eval_every", "val_queries", *train.FREE}  # and how fast
+    assert set(sum(groups, [])) - where <= set(card.METHOD)
 
 
 def test_what_is_not_known_is_not_claimed():
@@ -75,3 +85,8 @@ def test_the_card_lies_beside_the_adapter(tmp_path, capsys):
     card.main(["--run", str(run), "--licence", "apache-2.0"])
     assert "license: \"apache-2.0\"" in (run / "adapter" / "README.md").read_text()
     assert str(run) in capsys.readouterr().out and not list(run.rglob("*.tmp"))
+    for content, fits in ((b"", True), (b"another's", False)):  # METRICS, which does not say whose it is, was believed
+        told = {**METRICS, "adapter_sha256": hashlib.sha256(content).hexdigest()}
+        (run / "eval" / "metrics.json").write_text(json.dumps(told))
+        with contextlib.nullcontext() if fits else pytest.raises(SystemExit, match="is of another adapter than"):
+            card.main(["--run", str(run)])

@@ -6,10 +6,12 @@ import http.client
 import io
 import json
 import os
+import queue
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -202,6 +204,31 @@ def test_headers_that_will_not_do(server, headers, status):
     assert ask(server, "POST", "/rerank", b"", **headers)[0] == status
 
 
+@pytest.mark.parametrize("path, chunked, headers, status", [
+    ("/rerank", False, {"Content_Type": "text/plain"}, 415), ("/none", False, {}, 404),
+    ("/rerank", True, {"Content_Type": "application/json"}, 411), ("/rerank", False, {"Host": "evil.example"}, 403),
+    ("/rerank", False, {"Content_Type": "application/json"}, 413)])
+def test_refusal_of_what_is_still_being_sent(server, path, chunked, headers, status):
+    """More than the kernel's buffers hold: who sends it would meet a closed connection, and read no answer."""
+    pieces = [b"x" * (1 << 20)] * 25
+    assert ask(server, "POST", path, iter(pieces) if chunked else b"".join(pieces), **headers)[0] == status
+
+
+def test_bug_is_told_to_both_sides(server, monkeypatch):
+    """The browser gets a sentence; the exception goes on to the server, whose way is to print its traceback."""
+    seen = queue.Queue()
+    monkeypatch.setattr(server, "handle_error", lambda *_: seen.put(sys.exc_info()[0]))
+    monkeypatch.setattr(server.demo, "answer", lambda request: 1 / 0)
+    status, found = post(server, example=0, question="0")
+    assert status == 500 and "terminal" in found["error"] and seen.get(timeout=20) is ZeroDivisionError
+
+
+def test_body_that_never_comes(server, monkeypatch):
+    monkeypatch.setattr(tool.Handler, "timeout", .2)
+    monkeypatch.setattr(tool, "UNREAD_SECONDS", .2)
+    assert ask(server, "POST", "/rerank", b"{", Content_Type="application/json", Content_Length="9")[0] == 408
+
+
 def test_body_that_is_no_json(server):
     for body in (b"{", b"[]", b"\xff", b"[" * 100_000):
         assert ask(server, "POST", "/rerank", body, Content_Type="application/json")[0] == 400
@@ -245,6 +272,14 @@ def test_candidates_of_a_request(server, fakes):  # noqa: F811
     assert status == 400 and "no knowledge base here: send candidates" in found["error"]
 
 
+def test_service_of_a_run_whose_data_is_gone(world):  # noqa: F811
+    (world / "data").rename(world / "gone")
+    found = demo_of(world)
+    assert found.examples == 0 and found.about()["dataset"] is None
+    answer = found.answer({"image": encoded(two_halves()), "question": "0", "candidates": [{"text": "red"}]})
+    assert answer["decision"] == "REGION" and answer["ranking"] == [0]
+
+
 def test_what_is_kept_of_a_request_is_limited(server, monkeypatch, fakes):  # noqa: F811
     monkeypatch.setattr(tool, "KNOWN_LIMIT", 2)
     for name in ("red", "blue", "green", "purple"):
@@ -273,9 +308,9 @@ def test_candidates_that_will_not_do(server, candidates, complaint):
 
 
 def test_sliver_of_a_picture(server):
-    """201 : 1 is more than Qwen2.5-VL resizes; it is told of this picture, not of a batch."""
+    """201 : 1 is more than Qwen2.5-VL resizes."""
     status, found = post(server, image=encoded(Image.new("RGB", (3, 603))), question="0")
-    assert status == 400 and "has 3 x 603 pixels: cut it, one side may be at most 200 times the other" in found["error"]
+    assert status == 413 and "has 3 x 603 pixels: cut it, one side may be at most 200 times the other" in found["error"]
     assert post(server, image=encoded(Image.new("RGB", (3, 600), COLOURS["red"])), question="2")[0] == 200
 
 

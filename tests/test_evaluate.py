@@ -14,6 +14,7 @@ q0 (a beetle among 3 things) and v1 like q1 (a tower alone). The base model alwa
 (1 - 1/2), of towers it does not (1/2 - 1). The boxes that the policy draws are all left, but for the fourth.
 """
 
+import hashlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,6 +231,7 @@ def test_ranks_rows_and_numbers_by_hand(world):
             "learned_best"), 1 / 2), "truth": 1, "oracle": 1, "best16": 1}
     assert (result["K"], result["queries"], result["with_positive"]) == (4, 4, 3)
     assert (result["seed"], result["training_seed"], result["decode"]) == (0, 5, "grammar")
+    assert result["adapter_sha256"] == hashlib.sha256(b"").hexdigest()  # of build's file
 
     rows = rows_of(arguments, "policy")
     q0, q1, q2, _ = rows
@@ -436,6 +438,10 @@ def test_damaged_config_unknown_policy_other_scorer(world, tmp_path, monkeypatch
     (tmp_path / "run" / "config.json").write_text(whole)
     monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: (_ for _ in ()).throw(ValueError("no such model")))
     assert "no such model" in refused(arguments)
+    asked = ScriptedPolicy()
+    monkeypatch.setattr(asked, "act", lambda *_, **__: (_ for _ in ()).throw(ValueError("question 0 contains <|im_end|>")))
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: asked)
+    assert "test.jsonl: question 0 contains <|im_end|>; counted from 0 in queries ['q" in refused(arguments)
     loaded.scorer.fingerprint = lambda: np.array([0, 1, 0], np.float32)
     assert "was prepared with scorer colours" in refused(arguments)
 

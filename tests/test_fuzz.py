@@ -22,7 +22,7 @@ from PIL import Image
 
 import prepare
 import tiny_policy
-from fuzz_actions import ORIGINAL, RESIZED, SEEDS, NotJson, Slow, check
+from fuzz_actions import ORIGINAL, RESIZED, SEEDS, check
 from policy import load_policy, parse, read_adapter
 from mini.pretrain import init_weights
 from scorer import ARRAYS, EvaClip, EvaClipConfig, Query, load_data, load_scorer, read_image
@@ -129,30 +129,6 @@ def test_deep_and_long_answers_are_malformed(text):
 def test_both_readers_know_what_an_answer_is(text, decision):
     """Two readers that refuse everything would agree, too."""
     assert check(text, parse) == decision
-
-
-@given(VALUES)
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_the_slow_reader_reads_json(text):
-    try:
-        wanted = json.loads(text)
-    except ValueError:
-        return
-    if "99999" in text:  # whole numbers that no float holds
-        return
-    try:
-        found = Slow(text).document()
-    except NotJson:
-        pytest.fail(text)
-    assert repr(floats(found)) == repr(floats(wanted)) or "\\" in text
-
-
-def floats(value):
-    if isinstance(value, dict):
-        return {key: floats(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [floats(entry) for entry in value]
-    return value + 0.0 if type(value) in (int, float) else value  # -0 is 0 as an int and -0.0 as a float
 
 
 # ---- raw files: questions, knowledge base ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import stat
@@ -918,12 +919,27 @@ def test_merged_model_is_loaded_by_plain_transformers(policy, prompts, tmp_path,
     for flag, text in ([], "Say FULL or REGION."), (["--system-prompt", str(own)], "Say something else."):
         asked = merge.parse_args(["--adapter", adapter, "--out", "unused", *flag])
         assert merge.trained_under(asked) == (text, None)
-    for folder, target, complaint in [(adapter, out, "holds a model already"),
+    for folder, target, complaint in [(adapter, out, "is there already and not empty"),
                                       (str(tmp_path), out + "2", "adapter_config.json is missing")]:
         with pytest.raises(SystemExit, match=complaint):
             merge.main(["--adapter", folder, "--out", target])
     with pytest.raises(ValueError, match="no adapter to merge"):
         merge.save_merged(again, str(tmp_path / "third"))
+
+
+def test_merge_that_is_killed_leaves_no_model(policy, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(policy.processor), "save_pretrained", killed)
+        merge.save_merged(with_lora(policy), str(tmp_path / "whole"))
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.tmp"]
+    (tmp_path / "whole.tmp" / "model-00009-of-00009.safetensors").touch()  # of other shards: not of the next merge
+    (tmp_path / "whole").mkdir()  # an empty folder is as good as none
+    merge.save_merged(with_lora(policy), f"{tmp_path}/whole/")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"] and load_policy(str(tmp_path / "whole"))
+    assert not (tmp_path / "whole" / "model-00009-of-00009.safetensors").exists()
 
 
 # ---- loading and prompts
@@ -940,6 +956,12 @@ def test_what_is_no_policy(folder, tmp_path):
                           ("llama", "is a llama model"), ("copy", "the checkpoint lacks .*up_proj")]:
         with pytest.raises(ValueError, match=message):
             load_policy(name if "/" in name else str(tmp_path / name))
+    os.truncate(copy / "model.safetensors", 5000)  # a copy that was cut short
+    with pytest.raises(ValueError, match="copy: cannot be loaded"):
+        load_policy(str(copy))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="copy: cannot be loaded"):
+        load_policy(str(copy))
     with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
         load_policy(folder, attention="flash_attention_2")
 

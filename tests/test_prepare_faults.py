@@ -129,10 +129,11 @@ def test_workers_open_and_preprocess(world):
 
 
 def test_large_pictures_are_counted_and_bugs_are_not(world, monkeypatch):
-    """A picture above MAX_PIXELS has its own reason; a fault of ours while one is read is no unreadable picture."""
+    """A picture above MAX_PIXELS, or a sliver, has its own reason; a fault of ours while one is read is no unreadable picture."""
     Image.new("RGB", (300, 200)).save(world / "raw/kb/1_0.jpg")
+    Image.new("RGB", (1, 201)).save(world / "raw/kb/2_0.jpg")
     monkeypatch.setattr(S, "MAX_PIXELS", 50_000)
-    assert T.run(world)["kb"]["images_dropped"]["image too large"] == 1
+    assert T.run(world)["kb"]["images_dropped"]["image of a bad size"] == 2
     for error in (MemoryError, TypeError, AttributeError):
         def broken(path, error=error):
             raise error("ours")

@@ -101,7 +101,7 @@ def write_run(folder, queries, name="a run & more"):
         "data": str(folder / "data"), "run": str(run), "split": "test", "scorer": "tiny", "queries": Q,
         "methods": dict.fromkeys(m for m in found if m.isalnum())})
     write_json(str(run / "config.json"), {"policy": "mini/policy", "args": {
-        "seed": 0, "balance": "force", "queries": 16, "reward_weights": [.2, .2, .2, .4]}})
+        "seed": 0, "balance": "force", "queries": 16, "reward": "delta", "reward_weights": [.2, .2, .2, .4]}})
     before = {"step": -1, "val_mrr": .25, "val_cond_r1": .3, "val_crop_rate": .1}  # the policy before training
     write_rows(run / "log.jsonl", [before] + [{"step": i, "reward": i / 30, "reward_full": .5, "reward_region": .1, "p_region": .4,
                                     "kl": 0.0, "grad_norm": 1.0, **({"val_mrr": .5} if i % 10 == 9 else {})}
@@ -340,6 +340,13 @@ def test_rows_of_an_earlier_evaluation_are_left_out(copy):
     assert found["means"]["policy"]["iou crops"]["mean"] is None
 
 
+def test_quality_of_a_part_of_the_crops_is_left_out(copy):
+    """The policy cropped more since Table 7 was made; the crops that stayed are no sample of it."""
+    change(copy / "eval" / "test.policy.quality.jsonl", lambda rows: rows[1:])
+    run = report.open_run(report.parse_args(["--run", str(copy), "--resamples", "100"]))
+    assert run.notes == ["policy.quality: its rows are of an earlier evaluation than metrics.json"]
+
+
 # -------------------------------------------------------------------------------------------------------------- claims
 
 @pytest.mark.parametrize("numbers, slack, verdict", [
@@ -431,12 +438,15 @@ def ablation(name, seed, mrr, weights=(.2, .2, .2, .4), **args):
     return report.Ablation(name, seed, {"seed": seed, "reward_weights": list(weights), **args}, values)
 
 
-def margin_run(without, with_term=(.61, .60, .62), **args):
+def margin_run(without, with_term=(.61, .60, .62), reward="delta", **args):
     noise = np.random.default_rng(0).normal(0, .05, 60)
-    return run_of(paper_like(), args={"seed": 0, "reward_weights": [.2, .2, .2, .4], **args}, ablations=[
-        *(ablation("default", s, m + noise) for s, m in enumerate(with_term)),
-        *(ablation("rank", s, m + noise, (.3, .3, .4, 0)) for s, m in enumerate(without)),
-        ablation("mrr", 0, noise, (1, 0, 0, 0)), ablation("free", 0, noise, decode="free")])
+    found = [*(ablation("delta", s, m + noise, reward=reward) for s, m in enumerate(with_term)),
+             *(ablation("rank", s, m + noise, (.3, .3, .4, 0), reward=reward) for s, m in enumerate(without)),
+             ablation("mrr", 0, noise, (1, 0, 0, 0), reward=reward),
+             ablation("free", 0, noise, reward=reward, decode="free"),
+             *(ablation("delta again", s, m + noise, reward=reward) for s, m in enumerate(with_term))]
+    return run_of(paper_like(), args={"seed": 0, "reward": reward, "reward_weights": [.2, .2, .2, .4], **args},
+                  ablations=found)
 
 
 def test_margin_claim():
@@ -444,7 +454,8 @@ def test_margin_claim():
     # Arguments that move no weight, on the main run alone: the ablations are still the same training.
     run = margin_run((.50, .51, .52), tensorboard=True, save_every=7)
     with_term, without = report.margin_runs(run)
-    assert [a.reading for a in with_term] == ["default"] * 3 and [a.reading for a in without] == ["rank"] * 3
+    # "delta again" is the same training under another name, and no further seeds.
+    assert [a.reading for a in with_term] == ["delta"] * 3 and [a.reading for a in without] == ["rank"] * 3
     claim = report.claims(run)[9]
     assert claim["verdict"] == "holds" and claim["difference"] == pytest.approx(.10)
     # .605 without is within .60 to .62 with: the queries are sure and the seeds are not.
@@ -453,6 +464,10 @@ def test_margin_claim():
     assert report.claims(margin_run((.70, .71, .72)))[9]["verdict"] == "fails"
     claim = report.claims(margin_run((.50, .51, .52), with_term=(.61,)))[9]
     assert claim["verdict"] == "cannot be told" and claim["note"].endswith("too few seeds")
+    # The weights are no part of .5 MRR + .5 NDCG: such runs differ by nothing.
+    run = margin_run((.50, .51, .52), reward="absolute")
+    claim = report.claims(run)[9]
+    assert report.margin_runs(run) == ([], []) and claim["note"].startswith("no runs under Eq. 7 that differ")
 
 
 def test_retrieval_claim():
@@ -596,7 +611,7 @@ def written(world, tmp_path_factory):
         write_rows(runs[-1] / "eval" / "test.policy.jsonl", rows_of(queries, rng, .5, .3))
         write_json(str(runs[-1] / "eval" / "metrics.json"), {})
         write_json(str(runs[-1] / "config.json"), {"args": {"seed": int(name[-1]), "balance": "force", "queries": 16,
-                                                            "reward_weights": weights}})
+                                                            "reward": "delta", "reward_weights": weights}})
     bench = folder / "gpu.json"
     write_json(str(bench), {"cases": {"act": {"median_s": {"batch 1 free": 1.0}, "peak_bytes": {"batch 1 free": 1e6}}}})
     out = tmp_path_factory.mktemp("out")
@@ -669,6 +684,22 @@ def test_a_picture_is_shown_once(world):
         assert same or captions[1].startswith("first after (")
     shown = {case.soft for case in plots.pools(run, data, 30)}
     assert shown and not shown & {data.queries[i].query_id for _, rows in plots.pick(run, 30) for i in rows}
+
+
+def test_picture_of_a_query_without_a_true_box(copy, world):
+    """truth.jsonl may name a part of the queries."""
+    change(copy / "eval" / "test.truth.jsonl", lambda rows: [{**row, "decision": "FULL", "box": None} if i % 2 else row
+                                                             for i, row in enumerate(rows)])
+    run = report.open_run(report.parse_args(["--run", str(copy), "--resamples", "100", "--data", f"{world[0]}/data"]))
+    data = report.open_data(run)
+    first = [plots.case(run, data, i, "").views[0][0] for i in range(Q)]
+    assert [("true box" in caption) for caption in first] == [i % 2 == 0 for i in range(Q)]
+
+
+def test_threshold_is_told_of_the_learned_policy_alone(world):
+    run = report.open_run(report.parse_args(["--run", str(world[2]), "--resamples", "100"]))
+    run.metrics["threshold"] = .7
+    assert "the learned one's at threshold 0.7, the base's at 0.5." in plots.curve_plots(run, report.label)[0].caption
 
 
 def test_validation_is_drawn_from_step_0(monkeypatch):

@@ -326,6 +326,34 @@ def test_models_as_they_were_trained(world, capsys, fakes):
                                  ("mine", "cpu", "float32")]
 
 
+def test_adapter_without_its_run_is_used_as_it_was_trained(world, fakes):
+    """The run that it lies in says how, and --adapter alone names no data; a stranger's lies in none."""
+    config = json.loads((world / "run" / "config.json").read_text())
+    config["args"] |= {"fuse": 0.5, "max_pixels": 784, "decode": "free"}
+    write_json(world / "run" / "config.json", config)
+    (world / "stranger").mkdir()
+    command = ["--policy", "p", "--scorer", "s", "--query", "q 0", "--adapter"]
+    found = [tool.Models(tool.parse_args([*command, str(world / folder / "adapter")])) for folder in ("run", "stranger")]
+    assert [(models.fuse, models.decode, models.folder) for models in found] == [
+        (.5, "free", None), (1, "grammar", None)]
+    assert [(how["max_pixels"], how["system_prompt"]) for _, how in fakes.policies] == [(784, "Crop or not?\n"),
+                                                                                       (None, None)]
+
+
+def test_share_of_the_crop_is_the_flag_or_as_trained(world, capsys):
+    def scores_of(*flags):
+        rows = json.loads(run(world, capsys, "--query", "q 0", "--json", *flags))["candidates"]
+        return [{row["name"]: row[score] for row in rows} for score in ("score", "score_before")]
+
+    config = json.loads((world / "run" / "config.json").read_text())
+    config["args"] |= {"fuse": 0.5}
+    alone, half = scores_of()[0], scores_of("--fuse", ".5")[0]
+    write_json(world / "run" / "config.json", config)
+    assert scores_of()[0] == half != alone == scores_of("--fuse", "1")[0]
+    after, before = scores_of("--fuse", "0")
+    assert after == pytest.approx(before, abs=1e-6)
+
+
 def test_table(world, capsys):
     lines = run(world, capsys, "--query", "q 0").splitlines()
     assert lines[1] == "REGION (0, 0, 32, 64) of 64 x 64 pixels, p(REGION) 0.900"
@@ -426,7 +454,8 @@ def test_complaints(world, capsys, arguments, complaint):
     "", "--image q.png", "--image q.png --question x --batch a.jsonl --out b.jsonl", "--batch a.jsonl",
     "--query x --out b.jsonl", "--query x --k 0", "--query x --threshold 1.5",
     "--query x --threshold nan", "--query x --trec a.trec", "--query x --save-image box.gif",
-    "--query x --batch-size 0"])
+    "--query x --batch-size 0", *(f"--batch a.jsonl --out b.jsonl {flag}" for flag in (
+        "--question x", "--candidates c", "--json", "--save-image a.png"))])
 def test_arguments_that_will_not_do(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         tool.parse_args(arguments.split())
@@ -500,7 +529,7 @@ def test_batch_goes_on_after_a_kill(world, capsys, fakes, many, cut):
 def test_batch_refuses_other_settings_and_other_files(world, capsys, fakes, many):
     run(world, capsys, *many)
     adapter = world / "run" / "adapter" / "adapter_model.safetensors"
-    for more, complaint in ((["--threshold", ".3"], "another threshold"),
+    for more, complaint in ((["--threshold", ".3"], "another threshold"), (["--fuse", ".5"], "another fuse"),
                             (["--policy-dtype", "bfloat16"], "another dtype"),
                             (["--batch", world / "in.jsonl", "--out", world / "in.jsonl"], "was not begun here")):
         before = (world / "in.jsonl").read_bytes()
@@ -521,9 +550,26 @@ def test_batch_refuses_other_settings_and_other_files(world, capsys, fakes, many
 def test_batch_without_its_data_is_no_fault_of_its_lines(world, capsys):
     (world / "in.jsonl").write_text('{"id": "a", "image": "raw/q0.png", "question": "0"}')
     (world / "data").rename(world / "gone")
-    with pytest.raises(SystemExit, match="manifest.json is missing"):
+    with pytest.raises(SystemExit, match="needs the prepared knowledge base: give --data"):
         run(world, capsys, "--batch", world / "in.jsonl", "--out", world / "out.jsonl")
-    assert not (world / "out.jsonl").exists()
+    assert not (world / "out.jsonl").exists() and "is gone: going on without" in capsys.readouterr().err
+
+
+def test_second_batch_into_a_file_is_refused(world, capsys, fakes, many):
+    """While the first asks, another wants the same --out, and gets it afterwards."""
+    act, said = fakes.policy.act, []
+
+    def interrupted(*asked, **how):
+        fakes.policy.act = act
+        with pytest.raises(SystemExit) as refused:
+            tool.main(["--run", str(world / "run"), *map(str, many)])
+        said.append(str(refused.value))
+        return act(*asked, **how)
+
+    fakes.policy.act = interrupted
+    run(world, capsys, *many)
+    assert len(said) == 1 and re.search("in use by another process .* another --out", said[0])
+    assert "4 were done before" in run(world, capsys, *many)
 
 
 def test_batch_of_a_whole_run(world, capsys, fakes):

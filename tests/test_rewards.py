@@ -177,11 +177,10 @@ def test_reward_refuses_bad_input(change, message):
 # ---------------------------------------------------------------- properties
 
 @st.composite
-def pools(draw, distinct=False, positive=False):
+def pools(draw, positive=False):
     """Scores in thousandths and labels of one pool; few values when ties are wanted."""
     K = draw(st.integers(1, 20))
-    top = 1000 if distinct else 5
-    scores = draw(st.lists(st.integers(-top, top), min_size=K, max_size=K, unique=distinct))
+    scores = draw(st.lists(st.integers(-5, 5), min_size=K, max_size=K))
     labels = draw(st.lists(st.integers(0, 1), min_size=K, max_size=K))
     if positive:
         labels[draw(st.integers(0, K - 1))] = 1
@@ -217,25 +216,6 @@ def test_bounds(pool):
     assert 0 <= m["rr"] <= 1 and 0 <= m["ndcg"] <= 1 + 1e-12 and 1 <= m["rank"] <= len(scores) + 1
     assert m["recall@1"] <= m["recall@2"] <= m["recall@5"] <= m["recall@20"] == float(m["has_positive"])
     assert m["rr"] <= m["ndcg"] + 1e-12 or labels.sum() > 1  # 1 / r <= 1 / log2(r + 1) for one positive
-
-
-@settings(max_examples=100, deadline=None)
-@given(pools(), st.sampled_from([lambda s: 3 * s + 2, np.exp, np.arctan, lambda s: s**3 + s]))
-def test_rankings_do_not_change_under_monotone_maps(pool, rise):
-    scores, labels = pool
-    before, after = one(scores, labels), one(rise(scores), labels)
-    for name in ("rank", "rr", "ndcg", "recall@1", "recall@5"):
-        assert before[name] == after[name]
-
-
-@settings(max_examples=100, deadline=None)
-@given(pools(distinct=True), st.randoms(use_true_random=False))
-def test_distinct_scores_do_not_depend_on_the_order_of_the_pool(pool, random):
-    scores, labels = pool
-    order = random.sample(range(len(scores)), len(scores))
-    before, after = one(scores, labels), one(scores[order], labels[order])
-    for name, value in before.items():
-        assert value == pytest.approx(after[name], nan_ok=True)
 
 
 @settings(max_examples=100, deadline=None)

@@ -96,7 +96,7 @@ def flags(home, run="run", *more):
     return ["--data", f"{home}/data", "--policy", f"{home}/policy", "--scorer", f"{home}/scorer", "--device", "cpu",
             "--system-prompt", f"{home}/prompt.txt", "--run", str(run), "--queries", "2", "--group", "4",
             "--steps", "4", "--micro-tokens", "200", "--save-every", "2", "--eval-every", "2", "--samples-every", "1",
-            "--lr", "0.01", "--warmup", "1", "--reward", "delta", "--balance", "force", *more]
+            "--lr", "0.01", "--warmup", "1", "--reward", "delta", "--balance", "force", "--beta", "0", *more]
 
 
 @pytest.fixture
@@ -416,18 +416,6 @@ def test_flags_of_the_advantage(settings, more, wanted):
     codes = torch.tensor([[rgrpo.FULL, rgrpo.REGION, rgrpo.REGION]] * 2)
     oracle = rgrpo.advantages(torch.tensor(totals), codes, weights=torch.tensor(counts), **wanted)
     assert all(map(torch.equal, found[:2], oracle)) and found[2].tolist() == counts
-
-
-def test_judge_pads_short_groups_with_weight_0(settings):
-    args = settings()
-    totals = [{"total": np.array([1, .3, -.2, .3, -1, 1])}, {"total": np.array([0., 0.])}, {"total": np.array([.5])}]
-    together = train.judge(ACTIONS, [[1] * 6, [2, 1], [1]], totals, args)
-    assert [table.shape for table in together] == [(3, 6)] * 3
-    assert together[2].tolist() == [[1] * 6, [2, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    for b, counts in enumerate(([1] * 6, [2, 1], [1])):
-        alone = train.judge(ACTIONS[b:b + 1], [counts], totals[b:b + 1], args)
-        for table, single in zip(together, alone):
-            assert torch.equal(table[b, :len(counts)], single[0]) and not table[b, len(counts):].any()
 
 
 DELTAS = ("mrr", "ndcg", "rank", "margin")
@@ -808,6 +796,9 @@ def test_a_finished_run_goes_on_with_more_steps(home, tmp_path, capsys):
     assert [(line["step"], "val_mrr" in line) for line in read_log(run)] == [
         (0, False), (1, False), (2, True), (3, True)]
     assert (run / "adapter_best").is_dir() and json.loads((run / "config.json").read_text())["args"]["steps"] == 4
+    assert "has 4 steps already, more than the 3 asked for" in refused(*flags(home, run, *steady, "--steps", "3",
+                                                                              "--resume"))
+    assert (run / "finished").read_text() == "4 steps\n"
 
 
 @pytest.mark.parametrize("mrr, best", [((.5, .6, .4), 1), ((.7, .6, .4), -1), ((.5, .6, .6), 1), ((.1, .2, .3), 3)])

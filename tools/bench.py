@@ -39,6 +39,7 @@ import train
 from policy import FULL_TEXT, REGION_TEXT, SYSTEM_PROMPT, Action, Draft, Policy, suit_cuda
 from scorer import EvaClip, EvaClipConfig, Preprocess, Scorer, write_json
 from tools.meter import Meter, describe, floor_seconds, measure_peaks, start_case
+from tools.rows import at_least
 from tools.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,15 +73,6 @@ EVA = {
                 text_heads=1, text_layers=1),
     "3b": {},
 }
-
-
-def at_least(least):
-    """A type for argparse: whole numbers from `least` on."""
-    def whole(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}")
-        return int(text)
-    return whole
 
 
 def parse_args(argv=None, cases=None, default=None, doc=__doc__, out="bench/{model}-{device}.json"):

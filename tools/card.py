@@ -15,6 +15,7 @@ from pathlib import Path
 
 from policy import SYSTEM_PROMPT
 from scorer import InputError, read_json, replacing
+from tools.rerank import digest
 
 ROWS = ("full", "random", "center", "zeroshot", "policy", "best16")
 COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1", "R@5": "R@5", "CondR@1": "CondR@1", "CondR@5": "CondR@5",
@@ -23,7 +24,7 @@ COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1", "R@5": "R@5", "CondR@1": 
 METHOD = ("policy_dtype", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight",
           "std", "std_floor", "decode", "temperature", "reward", "reward_weights", "fuse", "eta", "encouragement",
           "encouragement_steps", "clip", "beta", "hold", "norm", "rank", "alpha", "dropout", "targets", "queries",
-          "group", "inner_steps", "steps", "epochs", "lr", "warmup", "seed")
+          "group", "inner_steps", "steps", "epochs", "lr", "warmup", "max_grad_norm", "seed")
 
 
 def parse_args(argv=None):
@@ -127,6 +128,10 @@ def main(argv=None):
         metrics, manifest = (read_json(path, "make it anew") if os.path.isfile(path) else {}
                              for path in (os.path.join(args.run, "eval", "metrics.json"),
                                           os.path.join(config["data"], "manifest.json")))
+        # An evaluation from before the field was there is believed.
+        if metrics.get("adapter_sha256") not in (None, digest(f"{args.run}/adapter", "adapter_model.safetensors")):
+            raise InputError(f"{args.run}/eval is of another adapter than {args.run}/adapter: run `python evaluate.py "
+                             f"--run {args.run}`")
     except (FileNotFoundError, InputError) as error:
         raise SystemExit(f"tools.card: {error}") from error
     path = os.path.join(args.run, "adapter", "README.md")

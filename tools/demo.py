@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import io
 import json
+import socket
 import tempfile
 import threading
 import time
@@ -33,12 +34,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from scorer import InputError, TooLarge, fuse, read_image, scores
+from scorer import BadSize, InputError, fuse, read_image, scores
 from tools.folder import write_folder
 from tools.rerank import KNOWN_LIMIT, Job, Models, Pool, add_model_flags, decide, read_object, record, rerank_batch
 
 PAGE = Path(__file__).with_name("demo.html")
 UPLOAD_BYTES = 24 << 20  # of a request; the page scales its images down before it sends them
+UNREAD_BYTES, UNREAD_SECONDS = 256 << 20, 5  # of a body that was refused: read and forgotten; waited for the next piece
 CANDIDATES = 200  # of a request
 QUESTION_LENGTH, TEXT_LENGTH = 1_000, 10_000  # characters of a question; of a candidate's text, the rest is not read
 
@@ -97,9 +99,6 @@ class Demo:
         row, models, started = None if i is None else number(i, self.examples), self.models, time.perf_counter()
         with self.lock:
             image = uploaded(request.get("image"), "the query") if row is None else self.data.open_image(row)
-            if max(image.size) > 200 * min(image.size):  # policy.py says it of a batch
-                raise Refusal(400, f"The picture has {image.width} x {image.height} pixels: cut it, one side may be at "
-                              "most 200 times the other.")
             full = models.scorer.image_features([image])  # [1, D]
             pool, texts = self.pool(request.get("candidates"), row, full[0])
             asked = [image], [question.strip()]
@@ -164,7 +163,7 @@ def uploaded(text, what):
     """base64 of an image file -> PIL RGB. what: whose image it is, for messages."""
     try:
         return read_image(io.BytesIO(base64.b64decode(text or "", validate=True)), f"of {what}")
-    except TooLarge as error:
+    except BadSize as error:
         raise Refusal(413, f"The {error}.") from error
     except InputError as error:
         raise Refusal(400, f"What was sent for {what} cannot be read as an image.") from error
@@ -222,19 +221,34 @@ class Handler(BaseHTTPRequestHandler):
         return as_json(self.server.demo.answer(read_object(self.rfile.read(int(length)), "request")))
 
     def reply(self, make):
-        status = 200
+        # What is said of an exception that is none of those below. It is not caught: the terminal shows its traceback.
+        status, (kind, content) = 500, as_json({"error": "This is a bug: the terminal of tools.demo shows where."})
         try:
             # A page elsewhere whose name was bent to 127.0.0.1 comes with its own name here.
             if self.headers.get("Host", "").rsplit(":", 1)[0] not in ("127.0.0.1", "localhost"):
                 raise Refusal(403, "Open this page as http://127.0.0.1.")
-            kind, content = make()
+            status, (kind, content) = 200, make()
         except Refusal as refusal:
             status, sentence = refusal.args
             kind, content = as_json({"error": sentence})
         except (InputError, FileNotFoundError) as error:  # bad input, or a file of the data that has gone
             status, (kind, content) = 400, as_json({"error": str(error)})
-        with contextlib.suppress(ConnectionError):  # a browser that no longer wants a thumbnail hangs up
-            self.send(status, kind, content)
+        except TimeoutError:
+            status, (kind, content) = 408, as_json({"error": "The request did not arrive whole."})
+        finally:
+            with contextlib.suppress(OSError):  # a browser that no longer wants a thumbnail hangs up
+                self.send(status, kind, content)
+                if status != 200:
+                    self.forget()
+
+    def forget(self):
+        """Read what a client still sends of a request that has its answer: were the connection closed on it, it would
+        get a broken pipe in place of the answer."""
+        self.connection.shutdown(socket.SHUT_WR)  # the answer ends here, for clients that wait for its end
+        self.connection.settimeout(UNREAD_SECONDS)
+        left = UNREAD_BYTES
+        while left > 0 and (piece := self.rfile.read1(1 << 16)):
+            left -= len(piece)
 
     def send(self, status, kind, content):
         self.send_response(status)

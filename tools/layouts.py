@@ -36,7 +36,7 @@ from scorer import InputError, replacing
 
 WIKIPEDIA = "https://en.wikipedia.org/wiki/"
 WIKI6M = ("Wiki6M_ver_1_0_title_only.jsonl", "Wiki6M_ver_1_0.jsonl", "Wiki6M_ver_1_0.jsonl.gz")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # what is taken for an image
 BAD_LINE = (json.JSONDecodeError, UnicodeDecodeError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)
 TABLE = re.compile(r"wiki_image_url_part_\d+_processed\.csv$")
 

@@ -7,12 +7,13 @@ The folder holds transformers' own files and system_prompt.txt, because the adap
 """
 
 import argparse
-import json
 import os
+import shutil
 
 import torch
 
 from policy import adapter_base, load_policy
+from scorer import read_json, replacing
 
 
 @torch.no_grad()
@@ -25,35 +26,38 @@ def fold(policy):
 
 
 def save_merged(policy, folder):
-    """Fold the adapter and write the whole model into `folder`; weights keep their type.
+    """Fold the adapter and write the whole model as `folder`, all at once; weights keep their type.
 
-    ValueError without LoRA; FileExistsError when there is a model in `folder` already.
+    ValueError without LoRA; FileExistsError when there is something in `folder` already.
     """
     if not policy.layers:
         raise ValueError("there is no adapter to merge: call load_adapter first")
-    if os.path.exists(os.path.join(folder, "config.json")):
-        raise FileExistsError(f"{folder} holds a model already; name a new folder")
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise FileExistsError(f"{folder} is there already and not empty; name a new folder")
     fold(policy)
-    policy.model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
-    with open(os.path.join(folder, "system_prompt.txt"), "w", encoding="utf-8") as file:
-        file.write(policy.system_prompt)
-    # safetensors makes files that their owner alone can read: the other files have the mode that all files get here.
-    mode = os.stat(os.path.join(folder, "system_prompt.txt")).st_mode
-    for name in os.listdir(folder):
-        if name.endswith(".safetensors"):
-            os.chmod(os.path.join(folder, name), mode)
+    with replacing(os.path.normpath(folder)) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
+        policy.model.save_pretrained(temporary)
+        policy.processor.save_pretrained(temporary)
+        with open(os.path.join(temporary, "system_prompt.txt"), "w", encoding="utf-8") as file:
+            file.write(policy.system_prompt)
+        # safetensors makes files that their owner alone can read: other files have the mode that all files get here.
+        mode = os.stat(os.path.join(temporary, "system_prompt.txt")).st_mode
+        for name in os.listdir(temporary):
+            if name.endswith(".safetensors"):
+                os.chmod(os.path.join(temporary, name), mode)
+
+
+def run_config(adapter):
+    """config.json of the run of train.py that an adapter lies in, a dict; {} for a stranger's adapter. The adapter's
+    own files hold neither the prompt nor the image size that it was trained under, and in others it answers worse."""
+    path = os.path.join(os.path.dirname(os.path.abspath(adapter)), "config.json")
+    return read_json(path, "put it back, or copy the adapter elsewhere") if os.path.isfile(path) else {}
 
 
 def trained_under(args):
-    """(system prompt or None, image area or None) of the adapter: from the flags, else from the run it lies in.
-
-    An adapter alone knows neither, and a merged model that asks in other words than it was taught answers worse.
-    """
-    path, config = os.path.join(os.path.dirname(os.path.abspath(args.adapter)), "config.json"), {}
-    if os.path.isfile(path):  # not a stranger's adapter, but a run of train.py
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+    """(system prompt or None, image area or None) of the adapter: from the flags, else from the run it lies in."""
+    config = run_config(args.adapter)
     run = config.get("args", {})
     # The run's own copy of the text comes before its file, which may have changed or gone; a run from before there was
     # a copy has the file's name alone.

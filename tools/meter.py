@@ -156,7 +156,9 @@ def measure_peaks(device, dtype):
 def start_case(case, argv, module):
     """One case in a process of its own -> its numbers. RuntimeError with what it printed when it failed."""
     command = [sys.executable, "-m", module, *argv, "--case", case]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Where this process runs, as its arguments may hold relative paths; but with the project's files within reach.
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     if done.returncode == -signal.SIGKILL:
         return {"left_out": "killed by the system, which ran out of memory"}
     if done.returncode:

@@ -133,9 +133,10 @@ def curve_plots(run, label):
             continue
         plots.append(drawn(figure, f"curve_{measure.replace('@', '').lower()}",
                            f"Operating curve, {measure}: queries are cropped where p(REGION) is above a threshold that "
-                           "moves from 1 (left) to 0 (right, always crop). Large dots: the policies' own choice, "
-                           f"threshold {run.metrics.get('threshold', 0.5)}. A policy that knows when to crop rises "
-                           "steeply, then falls; a stretch without points joins queries of equal p.", legend=True))
+                           "moves from 1 (left) to 0 (right, always crop). Large dots: the policies' own choice, the "
+                           f"learned one's at threshold {run.metrics.get('threshold', 0.5)}, the base's at 0.5. A "
+                           "policy that knows when to crop rises steeply, then falls; a stretch without points joins "
+                           "queries of equal p.", legend=True))
     return plots
 
 
@@ -234,7 +235,8 @@ def case(run, data, i, group):
     """Query i: what was asked and chosen, what was scored, and who came first before and after."""
     row, full, always = run.rows["policy"][i], run.rows["full"][i], run.rows.get("always")
     image = data.open_image(i)
-    framed = marked(image, run.rows["truth"][i]["box"], "lime") if run.rows.get("truth") else image
+    true = run.rows["truth"][i]["box"] if run.rows.get("truth") else None  # not every query may have one
+    framed = marked(image, true, "lime") if true else image
     target = " (green: true box)" if framed is not image else ""
     if row["decision"] == "REGION":
         views = [(f"query, box chosen{target}", marked(framed, row["box"])),

@@ -41,10 +41,11 @@ from tqdm import tqdm
 
 from policy import Action, load_policy
 from prepare import nearest_entities
-from scorer import (InputError, as_rgb, blend, crop, fuse, load_data, load_scorer, read_image, read_json, read_manifest,
-                    read_trec, replacing, same_scorer, scores, trec_id, write_json, write_trec)
+from scorer import (InputError, as_rgb, blend, crop, fuse, hold, load_data, load_scorer, read_image, read_json,
+                    read_manifest, read_trec, replacing, same_scorer, scores, trec_id, write_json, write_trec)
+from tools.layouts import IMAGE_SUFFIXES
+from tools.merge import run_config
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what a folder of candidates is read for
 KNOWN_LIMIT = 200_000  # candidates whose features are kept between queries: about 1 GB at D = 1,280
 
 
@@ -77,7 +78,8 @@ def rerank(image, question, candidates, policy, scorer, decode="grammar", thresh
     which costs no encoding.
     policy, scorer: of load_policy, load_scorer. decode: "grammar" or "free". threshold: crop where p(REGION | x) is
     above it, None = the likelier decision (Sec. 3.2). force: None, "FULL" or "REGION", to see what it would do.
-    share: of the crop in the view that is scored (scorer.blend), what the run was trained with (--fuse).
+    share: of the crop in the vector that is scored, beside the full image (scorer.blend). 1: the crop alone, as in the
+    paper; .6 ranks better on the embedded world, also for a policy that was trained with 1 (docs/results.md).
     Raises InputError or FileNotFoundError naming the image, question or candidate that cannot be used.
     """
     if len(candidates) == 0:
@@ -181,7 +183,7 @@ def read_candidates(source):
     if not os.path.isdir(source):
         raise InputError(f"candidates {source}: no folder of images, and neither a .jsonl nor a .trec")
     files = sorted(path for path in Path(source).iterdir() if path.is_file())
-    images = [path for path in files if path.suffix.lower() in IMAGES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
     if others := len(files) - len(images) - len(texts.keys() & {path.stem for path in images}):
         print(f"note: {source}: {others} files are neither an image nor the text of one and were not used",
@@ -288,23 +290,26 @@ Pool = namedtuple("Pool", "names titles features rows")
 
 class Models:
     """A policy, a scorer and the prepared data, as a command's arguments name them. What they do not say, the run's
-    config.json and the data's manifest do. settings: what another batch into the same file must have in common."""
+    config.json and the data's manifest do; without a run, what an adapter was trained under is said by the run that it
+    lies in. settings: what another batch into the same file must have in common."""
 
     def __init__(self, args):
         run = args.run or (None if args.policy else "runs/world")
         config = read_json(os.path.join(run, "config.json"), "train first (`make data train`), name another --run, or "
-                           "give --policy and --scorer to use a model without an adapter") if run else {}
+                           "give --policy and --scorer to use a model without an adapter") if run else (
+            run_config(args.adapter) if args.adapter else {})
         trained = config.get("args", {})
-        self.folder, self.split, self.threshold = args.data or config.get("data"), args.split, args.threshold
-        self.fuse = trained.get("fuse", 1.0)
+        self.folder, self.split, self.threshold = args.data or (run and config.get("data")), args.split, args.threshold
+        self.fuse = trained.get("fuse", 1.0) if args.fuse is None else args.fuse
         self.wanted, self.known, self.runs = args.k, {}, {}
         self.decode = args.decode or trained.get("decode", "grammar")
         if self.threshold is not None and self.decode == "free":
             raise InputError("--threshold needs --decode grammar: free text has no exact p(REGION | x)")
-        prepared = {}
         # The run's own data may be gone by now: candidates in files do not need it.
-        if args.data or (self.folder and os.path.isfile(os.path.join(self.folder, "manifest.json"))):
-            prepared = read_manifest(self.folder)["scorer"]
+        if self.folder and not args.data and not os.path.isfile(os.path.join(self.folder, "manifest.json")):
+            print(f"note: {self.folder}, the data of {run}, is gone: going on without, see --data", file=sys.stderr)
+            self.folder = None
+        prepared = read_manifest(self.folder)["scorer"] if self.folder else {}
         scorer = args.scorer or prepared.get("name") or config.get("scorer")
         if not scorer:
             raise InputError("no scorer: give --scorer, or --data, or a --run that was trained with one")
@@ -352,13 +357,13 @@ class Models:
                              f"is {next(iter(self.query_of), None)}; see also --split")
         return self.query_of[trec_id(query_id)]
 
-    def answer(self, jobs, force=None):
+    def answer(self, jobs):
         """[Job] -> [(Pool, Reranking)]. InputError or FileNotFoundError for one that cannot be answered."""
         images = [open_image(job.image) for job in jobs]
         full = self.scorer.image_features(images)  # [B, D]
         pools = [self.pool(job, row) for job, row in zip(jobs, full)]
         found = rerank_batch(images, [job.question for job in jobs], [pool.features for pool in pools], full,
-                             self.policy, self.scorer, self.decode, self.threshold, force, self.fuse)
+                             self.policy, self.scorer, self.decode, self.threshold, share=self.fuse)
         return list(zip(pools, found))
 
     def pool(self, job, full):
@@ -482,23 +487,26 @@ def batch(args, models):
     errors, jobs = [job for job in jobs if isinstance(job, dict)], [job for job in jobs if isinstance(job, Job)]
     if any(job.candidates is None for job in jobs):
         _ = models.data  # opened now: a knowledge base that is missing is not the fault of a line
-    done, ranked, started = finished(args.out, models), 0, time.perf_counter()
-    with open(args.out, "a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="query", disable=None) as bar:
-        write_lines(file, errors)
-        for start in range(0, len(jobs), args.batch_size):
-            part = jobs[start:start + args.batch_size]
-            if not all(job.id in done for job in part):
-                # The whole part again, however much of it was written: other neighbours would round otherwise.
-                lines = [line for line in lines_of(part, models) if line["id"] not in done]
-                write_lines(file, lines)
-                failed = [line for line in lines if "error" in line]
-                errors, ranked = errors + failed, ranked + len(lines) - len(failed)
-            bar.update(len(part))
-    seconds = time.perf_counter() - started
-    print(f"re-ranked {ranked} queries in {seconds:.1f} s ({ranked / max(seconds, 1e-9):.1f} a second)"
-          + (f"; {len(done)} were done before" if done else "") + f"; wrote {args.out}")
-    if args.trec:
-        write_run(args.trec, args.out)
+    lock = Path(f"{args.out}.lock")  # beside --out, which is replaced: a lock of its own would go with it
+    lock.mkdir(exist_ok=True)
+    with hold(lock, "--out"):
+        done, ranked, started = finished(args.out, models), 0, time.perf_counter()
+        with open(args.out, "a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="query", disable=None) as bar:
+            write_lines(file, errors)
+            for start in range(0, len(jobs), args.batch_size):
+                part = jobs[start:start + args.batch_size]
+                if not all(job.id in done for job in part):
+                    # The whole part again, however much of it was written: other neighbours would round otherwise.
+                    lines = [line for line in lines_of(part, models) if line["id"] not in done]
+                    write_lines(file, lines)
+                    failed = [line for line in lines if "error" in line]
+                    errors, ranked = errors + failed, ranked + len(lines) - len(failed)
+                bar.update(len(part))
+        seconds = time.perf_counter() - started
+        print(f"re-ranked {ranked} queries in {seconds:.1f} s ({ranked / max(seconds, 1e-9):.1f} a second)"
+              + (f"; {len(done)} were done before" if done else "") + f"; wrote {args.out}")
+        if args.trec:
+            write_run(args.trec, args.out)
     if errors:
         print(f"{len(errors)} lines could not be used, the first: {errors[0]['error']}", file=sys.stderr)
     return len(errors)
@@ -574,10 +582,12 @@ def add_model_flags(parser):
     models.add_argument("--decode", choices=("grammar", "free"), help="default: as the run was trained, else grammar")
     models.add_argument("--threshold", type=probability, help="crop where p(REGION | x) is above this, 0 to 1; "
                                                               "default: the likelier decision, which is .5")
+    models.add_argument("--fuse", type=probability, metavar="W", help="score a crop as (1 - W) full image + W crop, "
+                        "1 = the crop alone; default: as the run was trained")
     models.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, cuda:1 ...")
 
 
-def at_least_one(text):
+def at_least_one(text):  # not rows.at_least: with it comes evaluate.py, and who uses `rerank` may have one of his own
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
@@ -585,7 +595,7 @@ def at_least_one(text):
 
 def probability(text):
     if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError("a probability is 0 to 1")
+        raise argparse.ArgumentTypeError("must be 0 to 1")
     return float(text)
 
 
@@ -614,6 +624,9 @@ def parse_args(argv=None):
         parser.error("--image needs a --question: where to look depends on what is asked")
     if (args.batch is None) != (args.out is None):
         parser.error("--batch and --out need each other")
+    if args.batch is not None and (args.question or args.candidates or args.save_image or args.json):
+        parser.error("--question, --candidates, --save-image and --json are of one query; lines of --batch have their "
+                     "own question and candidates")
     if args.trec and not args.batch:
         parser.error("--trec is of a --batch")
     if args.save_image and not args.save_image.lower().endswith((".png", ".jpg", ".jpeg")):

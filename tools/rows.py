@@ -7,6 +7,7 @@ crops of a method ("policy.quality": tools/crop_quality.py), or a view that retr
 tools/retrieve.py). No package but those of evaluate.py.
 """
 
+import argparse
 import glob
 import json
 import os
@@ -96,11 +97,13 @@ def read_metrics(folder, split, command):
 
 # ------------------------------------------------------------------------------- what tools that go on from rows share
 
-def count(text):
-    """argparse's type of a number of 1 or more."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def at_least(least):
+    """argparse's type of whole numbers from `least` on."""
+    def whole(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return int(text)
+    return whole
 
 
 def add_flags(parser):
@@ -109,7 +112,7 @@ def add_flags(parser):
     parser.add_argument("--out", help="folder of the rows, for what is written too; default: eval/ in the run's folder")
     parser.add_argument("--split", default="test", help="split of the data: train, val or test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--batch-size", type=count, default=64, help="images a step; memory, not results")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="images a step; memory, not results")
 
 
 def open_rows(args, methods=None, needed=()):
