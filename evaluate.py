@@ -47,7 +47,7 @@ from tqdm import tqdm
 from policy import Action, load_policy
 from rewards import metrics, summary
 from scorer import (
-    InputError, blend, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores,
+    InputError, blend, crop, load_data, load_scorer, lock_folder, read_json, replacing, same_scorer, scores,
     warn_of_idle_card, write_json,
 )
 
@@ -587,7 +587,7 @@ def evaluate(args):
     asked = ("decode", "policy_dtype", "models", "seed")
     key = {"pools": data.identity, "files": files, **{name: about[name] for name in asked}}
     os.makedirs(args.out, exist_ok=True)
-    with hold(args.out, "--out"):
+    with lock_folder(args.out, "--out"):
         answers = Answers(f"{args.out}/{args.split}.actions.part", key)
         sizes = image_sizes(data)
         actions = all_actions(methods, data, sizes, truth, config, args, answers)

@@ -47,8 +47,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from scorer import (ARRAYS, BadSize, InputError, Lines, Query, hold, load_scorer, normalise, read_image, read_trec,
-                    replacing, trec_id, warn_of_idle_card, write_array, write_json, write_split)
+from scorer import (ARRAYS, BadSize, InputError, Lines, Query, load_scorer, lock_folder, normalise, read_image,
+                    read_trec, replacing, trec_id, warn_of_idle_card, write_array, write_json, write_split)
 
 # Every reason for which something is left out. Some end with a detail, as "question_type '2_hop'".
 REASONS = (
@@ -152,7 +152,7 @@ def prepare(args):
     for folder in (args.out, work):
         os.makedirs(folder, exist_ok=True)
     if rank == 0:
-        lock = hold(work, "--out")  # noqa: F841 (let go of when this function ends)
+        lock = lock_folder(work, "--out")  # noqa: F841 (let go of when this function ends)
         if os.path.exists(old := os.path.join(args.out, "manifest.json")):
             os.remove(old)  # it would vouch for files that are about to change
 

@@ -689,7 +689,7 @@ def write_array(path, array):
         np.save(file, array)
 
 
-def hold(folder, flag):
+def lock_folder(folder, flag):
     """Lock a folder that is about to be written -> an open file; closing it lets go, and so does the kernel when the
     process ends, however it ends. InputError where another process writes there; flag: what names another folder."""
     file = open(os.path.join(folder, "lock"), "a+")

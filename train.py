@@ -48,7 +48,7 @@ import rgrpo
 from policy import load_policy
 from rewards import metrics, reward, summary
 from scorer import (
-    InputError, blend, crop, hold, load_data, load_scorer, read_json, replacing, same_scorer, scores,
+    InputError, blend, crop, load_data, load_scorer, lock_folder, read_json, replacing, same_scorer, scores,
     warn_of_idle_card, write_json,
 )
 
@@ -333,7 +333,7 @@ def update(policy, optimizer, prompts, groups, advantages, args, names):
     work = [b for b in range(len(groups)) if args.beta or not idle[b]]
     total = sum(gather([loss_size(groups, advantages[2], args.norm)]))  # of the whole batch
     zero_advantage = float(np.mean(gather(idle.tolist())))
-    hold = holds(args)
+    hold = holds_template(args)
     packs = policy.pack(prompts, groups, work, hold, args.micro_tokens) if work else []
     old, parts, norms = {}, [], []
     busy = args.beta or zero_advantage < 1  # anywhere: a process without work must still add its zeros
@@ -357,7 +357,7 @@ def update(policy, optimizer, prompts, groups, advantages, args, names):
     return {**{name: float(value) for name, value in learned.items()}, "zero_advantage": zero_advantage}
 
 
-def holds(args):
+def holds_template(args):
     """Is the template held (--hold)? In free decoding its tokens are choices, which the loss moves by itself."""
     return args.hold > 0 and args.decode == "grammar"
 
@@ -540,7 +540,7 @@ def try_largest(policy, data, args):
     queries = math.ceil(args.queries / process()[1])
     prompts = policy.prompts([Image.new("RGB", (side, side))] * queries, [question] * queries)
     groups, _ = sample_groups(policy, prompts, [(args.seed, 0, b) for b in range(queries)], args)
-    ones, hold = torch.ones(queries, max(map(len, groups))), holds(args)
+    ones, hold = torch.ones(queries, max(map(len, groups))), holds_template(args)
     torch.cuda.empty_cache()
     rest, free = torch.cuda.memory_allocated(policy.device), torch.cuda.mem_get_info(policy.device)[0]
     before = memory_mb(policy.device)
@@ -778,10 +778,10 @@ def train(args):
     scorer, data, val = open_data(args)
     run, first = Path(args.run), process()[0] == 0
     run.mkdir(parents=True, exist_ok=True)
-    with hold(args.run, "--run") if first else contextlib.nullcontext():
+    with lock_folder(args.run, "--run") if first else contextlib.nullcontext():
         config = describe_run(args, data)
-        holds = check_run(run, config, args.resume)  # before the policy: a refusal should not wait for gigabytes
-        if holds == "finished":
+        found = check_run(run, config, args.resume)  # before the policy: a refusal should not wait for gigabytes
+        if found == "finished":
             if first:
                 print(f"{run} is already finished: its adapter is in {run / 'adapter'}")
                 (run / "finished").touch()  # make asked because data/ is newer: up to date
@@ -790,7 +790,7 @@ def train(args):
             policy = open_policy(args, config["system_prompt"])
         # No weight decay: it would pull B A towards the base policy a second time, beside the KL term.
         optimizer = torch.optim.AdamW(policy.lora_parameters(), lr=args.lr, weight_decay=0.0)
-        start = load_state(run / "state.pt", policy, optimizer) if holds == "state" else 0
+        start = load_state(run / "state.pt", policy, optimizer) if found == "state" else 0
         # Rounded first: 0.7 * 10 is a little above 7 in floating point and must not cost an eighth step.
         steps = args.steps or math.ceil(round(args.epochs * len(data) / args.queries, 6))
         if start > steps:

@@ -260,7 +260,7 @@ def test_kb_image_name_not_utf8(world):
 
 def test_second_process_on_a_folder_is_refused(world):
     T.run(world)
-    with S.hold(str(world / "data.work"), "--out"), pytest.raises(SystemExit, match="in use by another process .*another --out"):
+    with S.lock_folder(str(world / "data.work"), "--out"), pytest.raises(SystemExit, match="in use by another process .*another --out"):
         P.main(T.arguments(world))
     assert (world / "data/manifest.json").exists()  # the refused one has removed nothing
     T.run(world)  # free again

@@ -57,6 +57,12 @@ def test_two_readings_by_hand(tmp_path, capsys):
     assert "p (Holm)" not in lines[1]
 
 
+def test_two_methods_of_the_same_runs(tmp_path, capsys):
+    run = write_run(tmp_path / "a", (1, 1, 1, 1))
+    lines, found = table(capsys, "--runs", run, "--against", run, "--against-method", "full", "--resamples", "2000")
+    assert lines[0].startswith("policy against full on test") and found["MRR"].split()[7] == "+0.500"
+
+
 def test_curve_numbers_by_hand():
     """Steps 0, 10, 30 with .2, .4, .3: area ((.3 * 10) + (.35 * 20)) / 30 = 1/3. .3 is reached half-way to 10."""
     log = [{"step": 29, "val_mrr": .3}, {"step": -1, "val_mrr": .2}, {"step": 5, "reward": 1.0},

@@ -676,22 +676,22 @@ def test_a_folder_is_held_by_one_process(tmp_path):
     """By another process, that is; and let go of when its file is closed or its process ends, however it ends."""
     fork = multiprocessing.get_context("fork")
     held = fork.Event()
-    other = fork.Process(target=lambda: (file := S.hold(str(tmp_path), "--run"), held.set(), time.sleep(60), file))
+    other = fork.Process(target=lambda: (file := S.lock_folder(str(tmp_path), "--run"), held.set(), time.sleep(60), file))
     other.start()
     assert held.wait(60)
     with pytest.raises(S.InputError, match="in use by another process .*choose another --run"):
-        S.hold(str(tmp_path), "--run")
+        S.lock_folder(str(tmp_path), "--run")
     other.kill()
     other.join()
-    S.hold(str(tmp_path), "--run").close()
-    S.hold(str(tmp_path), "--run").close()
+    S.lock_folder(str(tmp_path), "--run").close()
+    S.lock_folder(str(tmp_path), "--run").close()
 
 
 def test_a_disk_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys):
     def flock(*args):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(S.fcntl, "flock", flock)
-    S.hold(str(tmp_path), "--run").close()
+    S.lock_folder(str(tmp_path), "--run").close()
     assert "cannot be locked" in capsys.readouterr().err
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import policy as policy_file
 import train
 from policy import Action
-from scorer import InputError, hold, load_data, load_scorer
+from scorer import InputError, load_data, load_scorer, lock_folder
 from test_checkpoints import Evil
 from test_train import ADAPTER, flags, forked, home, read_log, refused, untimed, weights  # noqa: F401 (a fixture: home)
 
@@ -192,13 +192,13 @@ def test_second_process_on_a_run_is_refused_until_the_first_is_dead(home, tmp_pa
     assert {path.name for path in run.iterdir()} == {"lock", "log.jsonl"}  # the refused one has written nothing
     first.kill()  # kill -9: nobody tidies up, and still the lock is free
     first.join()
-    with hold(run, "--run"):
+    with lock_folder(run, "--run"):
         pass
 
 
 def hold_run(run):
     run.mkdir()
-    with hold(run, "--run"):
+    with lock_folder(run, "--run"):
         (run / "log.jsonl").touch()
         time.sleep(60)
 

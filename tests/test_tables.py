@@ -19,7 +19,7 @@ from PIL import Image
 from test_evaluate import ALL, FIELDS, LEFT, RIGHT, ColourScorer, ranks, rows_of, run_main, world  # noqa: F401
 
 import evaluate
-from scorer import InputError, Query, hold, load_data, read_json, scores, write_array, write_json
+from scorer import InputError, Query, load_data, lock_folder, read_json, scores, write_array, write_json
 from tools import crop_quality, report, rescore, retrieve, trec
 from tools import rows as tool_rows
 
@@ -162,7 +162,7 @@ TOOLS = [(rescore, ["--fuse", ".5"]), (crop_quality, []), (retrieve, []), (trec,
 def test_rows_that_are_not_there_or_of_other_pools(rows, tmp_path, tool, more):
     arguments, _ = rows
     assert "is of split 'test', not 'val': run `python evaluate.py" in refused(tool, arguments, *more, "--split", "val")
-    with hold(tmp_path / "run" / "eval", "--out"):
+    with lock_folder(tmp_path / "run" / "eval", "--out"):
         assert "in use by another process" in refused(tool, arguments, *more)
     file = tmp_path / "run" / "eval" / "test.policy.jsonl"
     whole = file.read_text()

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import prepare
-from scorer import InputError, hold, read_json, replacing, write_json
+from scorer import InputError, lock_folder, read_json, replacing, write_json
 
 FOLDER = "atomic_images"
 
@@ -91,7 +91,7 @@ def unpack_all(args):
     if not parts:
         raise InputError(f"{args.atomic} holds no .parquet; it must be the folder of AToMiC-Images-v0.2's files")
     os.makedirs(folder, exist_ok=True)
-    lock = hold(folder, "--root")  # noqa: F841 (let go of when this function ends)
+    lock = lock_folder(folder, "--root")  # noqa: F841 (let go of when this function ends)
     left = [part for part in parts if not os.path.isfile(os.path.join(folder, f"{part}.json"))]
     wanted = wanted_urls(kb) if left else None
     for part in tqdm(left, desc="AToMiC", unit="part", disable=None):

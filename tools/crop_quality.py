@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from evaluate import Answers, cells, iou, mean, read_truth, write_rows
-from scorer import InputError, crop, hold
+from scorer import InputError, crop, lock_folder
 from tools.rows import add_flags, finish, open_rows
 
 METHODS = ("zeroshot", "zeroshot2", "always", "policy")
@@ -178,7 +178,7 @@ def run(args):
     if not actions:
         raise InputError(f"{args.out} has the rows of no policy: run evaluate.py with one of {', '.join(METHODS)}")
     boxes = {name: [action.box for action in listed] for name, listed in actions.items()}
-    with hold(args.out, "--out"):
+    with lock_folder(args.out, "--out"):
         asked = Answers(os.path.join(args.out, f"{args.split}.quality.part"), {
             "pools": data.identity, "proxy": args.proxy, "judge": [args.judge, args.judge_model], "boxes": boxes})
         name, lines, without = "true boxes", [], {}

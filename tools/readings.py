@@ -2,6 +2,7 @@
 
     python -m tools.readings --runs runs/world runs/world-seed1 runs/world-seed2
     python -m tools.readings --runs runs/ablation/plain-seed* --against runs/ablation/default-seed*
+    python -m tools.readings --runs A B C --method policy+fuse --against A B C --against-method policy   # of rescore.py
 
 Two kinds of chance stand beside each other. The range is that of the runs' means: what another training seed does. The
 interval resamples entities, all queries of one together, and holds the runs as they are: what other queries would do. A
@@ -34,6 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--against", nargs="+", default=[], metavar="FOLDER", help="those of another, same pools")
     parser.add_argument("--split", default="test", help="split that was evaluated: train, val or test")
     parser.add_argument("--method", default="policy", help="whose rows are compared: any method of the evaluations")
+    parser.add_argument("--against-method", metavar="METHOD", help="whose rows of --against (default: --method)")
     parser.add_argument("--threshold", type=float, metavar="MRR", help="of the validation MRR, for the steps to it")
     parser.add_argument("--resamples", type=int, default=10000, help="of the bootstrap and of the tests, 200 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
@@ -48,14 +50,15 @@ def open_readings(args):
 
     A reading is "runs" or "against". InputError where the runs are of different pools."""
     values, logs, first = {}, {}, None
-    for reading, folders in (("runs", args.runs), ("against", args.against)):
+    for reading, folders, method in (("runs", args.runs, args.method),
+                                     ("against", args.against, args.against_method or args.method)):
         for folder in folders:
-            rows = read_rows(os.path.join(folder, "eval"), args.split, ("full", args.method))
+            rows = read_rows(os.path.join(folder, "eval"), args.split, ("full", method))
             first = first or rows["full"]
             pools = [(row["query_id"], row["labels"]) for row in first]
             for name, listed in rows.items():
                 check_same(listed, pools, f"{folder}/eval/{args.split}.{name}.jsonl", f"`full` of {args.runs[0]}")
-            values.setdefault(reading, []).append(measures(rows[args.method], rows["full"]))
+            values.setdefault(reading, []).append(measures(rows[method], rows["full"]))
             log = os.path.join(folder, "log.jsonl")
             logs.setdefault(reading, []).append(read_lines(log, ("step",)) if os.path.isfile(log) else [])
     return values, logs, entities(first)
@@ -99,7 +102,8 @@ def run(args):
     columns += ["difference", "95 %", "p", "p (Holm)"] if args.against else []
     threshold = args.threshold if args.threshold is not None else nine_tenths(logs.get("against", logs["runs"]))
     rows = value_rows(values, study) + curve_rows(logs, threshold, len(columns))
-    title = (f"{args.method} on {args.split}: {len(clusters)} queries about {len(np.unique(clusters))} entities; mean, "
+    what = " against ".join(dict.fromkeys(filter(None, (args.method, args.against_method))))
+    title = (f"{what} on {args.split}: {len(clusters)} queries about {len(np.unique(clusters))} entities; mean, "
              "(range over runs), [interval over entities]")
     return [as_text(Table("readings", title, columns, rows, CAPTION)), "", CAPTION]
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from policy import Action, load_policy
 from prepare import nearest_entities
-from scorer import (InputError, as_rgb, blend, crop, fuse, hold, load_data, load_scorer, read_image, read_json,
+from scorer import (InputError, as_rgb, blend, crop, fuse, load_data, load_scorer, lock_folder, read_image, read_json,
                     read_manifest, read_trec, replacing, same_scorer, scores, trec_id, write_json, write_trec)
 from tools.layouts import IMAGE_SUFFIXES
 from tools.merge import run_config
@@ -489,7 +489,7 @@ def batch(args, models):
         _ = models.data  # opened now: a knowledge base that is missing is not the fault of a line
     lock = Path(f"{args.out}.lock")  # beside --out, which is replaced: a lock of its own would go with it
     lock.mkdir(exist_ok=True)
-    with hold(lock, "--out"):
+    with lock_folder(lock, "--out"):
         done, ranked, started = finished(args.out, models), 0, time.perf_counter()
         with open(args.out, "a", encoding="utf-8") as file, tqdm(total=len(jobs), unit="query", disable=None) as bar:
             write_lines(file, errors)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evaluate import cells, rankings, score_views, view_scores, write_rows
 from rewards import metrics, summary
-from scorer import blend, fuse, hold, load_scorer, read_image, scores
+from scorer import blend, fuse, load_scorer, lock_folder, read_image, scores
 from tools.rows import add_flags, encode_crops, finish, open_rows
 
 METHODS = ("full", "zeroshot", "policy")  # rows of Table 6
@@ -101,7 +101,7 @@ def run(args):
     data, result, rows, actions = open_rows(args, METHODS, needed=("policy",) if args.fuse is not None else ())
     own = data.manifest["scorer"]["name"]
     sets, lines = {own: rows}, []
-    with hold(args.out, "--out"):
+    with lock_folder(args.out, "--out"):
         for name in args.scorer:
             scorer = load_scorer(name, args.device)
             sets[name] = rescore(data, scorer, rows, actions, args.batch_size, result.get("fuse", 1.0))

@@ -16,7 +16,7 @@ import numpy as np
 from evaluate import cells, rankings, write_rows
 from prepare import nearest_entities
 from rewards import metrics, summary
-from scorer import InputError, blend, hold
+from scorer import InputError, blend, lock_folder
 from tools.rows import add_flags, encode_crops, finish, open_rows
 
 K = 20
@@ -46,7 +46,7 @@ def run(args):
     found = {name: retrieve(data, listed, args.device) for name, listed in views.items()}
     lines = [f"{'Table 8':16}" + cells(COLUMNS, 8, "")]
     full_rank = metrics(found["full"][1], found["full"][0], ks=())["rank"]  # [Q]
-    with hold(args.out, "--out"):
+    with lock_folder(args.out, "--out"):
         os.makedirs(os.path.join(args.out, "retrieval"), exist_ok=True)
         for name, (labels, cosines) in found.items():
             listed = [{"query_id": query.query_id, "positives": query.positives, "decision": action.decision,

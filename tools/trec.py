@@ -15,7 +15,7 @@ import re
 import numpy as np
 
 from evaluate import METHODS, numbers, rankings, report, write_rows
-from scorer import InputError, hold, read_trec, replacing, trec_id, write_json, write_trec
+from scorer import InputError, lock_folder, read_trec, replacing, trec_id, write_json, write_trec
 from tools.rows import add_flags, finish, open_rows
 
 
@@ -58,7 +58,7 @@ def run(args):
     data, result, rows, _ = open_rows(args)
     ids, lines = {j: data.entity(j)["entity_id"] for j in np.unique(data.pool).tolist()}, []
     pools, start = [[ids[j] for j in pool] for pool in data.pool.tolist()], os.path.join(args.out, args.split)
-    with hold(args.out, "--out"):
+    with lock_folder(args.out, "--out"):
         for name, path in (text.split("=", 1) for text in args.run_file):
             places, counts = match_run(data, path, ids)
             rows[name] = ranked_rows(data, places, rows["full"])
