@@ -68,7 +68,7 @@ def centred(rewards, share):
 
 
 def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p_region=None, weights=None,
-               std=True, std_floor=0.05, eps=1e-4):
+               std=True, std_floor=0.05, eps=1e-4, sure=1.0):
     """Advantages of B groups of N rollouts (Eq. 9), for the decision token and for the box tokens: two float32 [B, N].
 
     rewards: float [B, N]. decisions: int [B, N]. weights: [B, N], how many rollouts an entry stands for (1 each).
@@ -77,6 +77,8 @@ def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p
     (Eq. 9, both decisions weighing the same in mean and deviation).
     decision_weight: of factored. "uniform" counts rollouts; "pi" weighs a branch by pi(d | x), with p_region [B] =
     pi(REGION | x): the exact decision gradient. Uniform has its sign, but goes on pushing queries that are settled.
+    sure: of factored, with p_region. A query whose better decision is likelier than this leaves its decision alone:
+    under "uniform" it would go on pulling all that look like it, and one decision may be given up altogether.
     std False: no division. Eq. 9, over the whole group, divides by sigma + eps; a z-score inside a decision by
     max(sigma, std_floor), lest noise tell equal boxes apart. "Box tokens" are all but the decision token.
     MALFORMED has no known decision: it counts in the group and gets the group's advantage on all its tokens.
@@ -94,12 +96,16 @@ def advantages(rewards, decisions, mode="factored", decision_weight="uniform", p
         wanted = branch_shares(decisions, share, p_region.double())  # [B, N]
         deviation = centred(rewards, wanted)[0] * wanted / share
     group = deviation / (sigma + eps) if std else deviation  # [B, N] Eq. 9
+    judged = group
+    if sure < 1 and p_region is not None:
+        crop = (share * deviation * (decisions == REGION)).sum(1) > 0  # [B] REGION earned more
+        judged = group * (torch.where(crop, p_region, 1 - p_region) <= sure)[:, None]  # [B, N]
     alike = group  # [B, N] MALFORMED keeps this
     for decision in (FULL, REGION):
         inside = decisions == decision  # [B, N]
         deviation, sigma = centred(rewards, share * inside)
         alike = torch.where(inside, deviation / sigma.clamp_min(std_floor) if std else deviation, alike)
-    pair = {"factored": (group, alike), "conditional": (alike, alike)}.get(mode, (group, group))
+    pair = {"factored": (judged, alike), "conditional": (alike, alike)}.get(mode, (group, group))
     return tuple(a.float() for a in pair)
 
 

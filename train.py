@@ -45,7 +45,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import rgrpo
-from policy import load_policy
 from rewards import metrics, reward, summary
 from scorer import (
     InputError, blend, crop, load_data, load_scorer, lock_folder, read_json, replacing, same_scorer, scores,
@@ -56,12 +55,13 @@ PRESETS = {
     # App. B. "Batch size 4 per device" on 4 GPUs is read as 16 queries of N rollouts a step, however many GPUs do it.
     # The KL term's weight is not printed there; the release has .1, but compares with a policy only 8 ranks away.
     "paper": dict(queries=16, group=8, epochs=2.0, lr=5e-5, warmup=50, dropout=0.1, targets="all", beta=0.01,
-                  balance="force", reward="delta", eval_every=200, save_every=100),
+                  balance="force", sure=1.0, reward="delta", eval_every=200, save_every=100),
     # The stand-in is a thousand times smaller: its LoRA takes larger steps, which the KL keeps from ruining the digits
-    # of its boxes. Its vision tower stays frozen, so image features are computed once. Eq. 8 pays a REGION nothing for
-    # leaving the right answer first: on the embedded world the policy then never crops (docs/results.md).
+    # of its boxes, and --sure from giving up cropping before they are good. Its vision tower stays frozen, so image
+    # features are computed once. Eq. 8 pays a REGION nothing for leaving the right answer first: on the embedded world
+    # the policy then never crops (docs/results.md).
     "mini": dict(queries=16, group=8, steps=120, lr=2e-3, warmup=10, dropout=0.0, targets="language",
-                 beta=0.02, balance="analytic", reward="absolute", eval_every=40, save_every=20),
+                 beta=0.02, balance="analytic", sure=0.98, reward="absolute", eval_every=40, save_every=20),
 }
 
 
@@ -96,6 +96,8 @@ FLAGS = {  # group: (flag, type or choices, default, help); where the default is
         ("balance", ("force", "analytic", "resample", "none"), None, "how both decisions come into a group"),
         ("advantage", ("factored", "group", "conditional", "balanced"), "factored", "what a token is judged by"),
         ("decision-weight", ("uniform", "pi"), "uniform", "of FULL and REGION in the decision's advantage"),
+        ("sure", number(float, 0.5, below=math.nextafter(1, 2)), None, "a decision that is right and surer than this "
+         "is pushed no further (factored advantage and grammar alone); 1 = on and on"),
         ("std", bool, True, "divide advantages by the group's deviation (Eq. 9)"),
         ("std-floor", above_0, 0.05, "least deviation that a z-score inside a decision divides by"),
         ("decode", ("grammar", "free"), "grammar", "decision, digits, their ends are choices | any text, then parsed"),
@@ -315,10 +317,10 @@ def judge(actions, counts, rewards, args):
     weight = torch.tensor(counts).float()  # [B, n]
     codes = torch.tensor([[rgrpo.CODES[action.decision] for action in group] for group in actions])
     p_region = None
-    if args.decision_weight == "pi":
+    if args.decode == "grammar":
         p_region = torch.tensor([group[0].p_region for group in actions])  # [B]
     pair = rgrpo.advantages(total, codes, args.advantage, args.decision_weight, p_region, weight, args.std,
-                            args.std_floor)  # Eq. 9
+                            args.std_floor, sure=args.sure)  # Eq. 9
     return *pair, weight
 
 
@@ -751,6 +753,7 @@ def phase(name):
 
 def open_policy(args, prompt):
     """The policy with LoRA: fresh, or that of --init-adapter (not in a resumed run, which has later weights)."""
+    from policy import load_policy  # here, not above: transformers takes seconds, and --help needs none of it
     # On a CPU the fused attention kernel's backward is slower than plain matrix products; on CUDA it is far faster.
     attention = "eager" if torch.device(args.device).type == "cpu" else "sdpa"
     try:

@@ -129,6 +129,27 @@ def test_pi_by_hand():
     assert half[0] == approx(GROUP)  # pi at one half is uniform
 
 
+@pytest.mark.parametrize("weight, wanted", [("uniform", lambda p: 1.0), ("pi", lambda p: 4 * p * (1 - p))])
+def test_how_hard_the_decision_is_pushed(weight, wanted):
+    """d loss / d logit of p(REGION), where REGION earns 1 and FULL 0; under pi it is the true p (1 - p)."""
+    for logit in (-6.0, -1.0, 0.0, 2.0, 6.0):
+        x = torch.tensor(logit, requires_grad=True)
+        p = x.detach().sigmoid()[None]
+        decision, _ = rgrpo.advantages(1 - REWARDS.round(), DECISIONS, "factored", weight, p, std=False)  # 0, 0, 1, 1
+        logp = torch.nn.functional.logsigmoid(x * torch.tensor([-1.0, -1, 1, 1]))
+        rgrpo.loss(logp[:, None], logp[:, None].detach(), decision.T, torch.ones(4, 1, dtype=torch.bool))[0].backward()
+        assert x.grad.item() == pytest.approx(-0.25 * wanted(p.item()), abs=1e-6)
+
+
+@pytest.mark.parametrize("rewards, p_right", [(REWARDS, lambda p: 1 - p), (1 - REWARDS, lambda p: p)])
+def test_what_is_right_and_sure_is_pushed_no_further(rewards, p_right):
+    for p in (0.01, 0.03, 0.5, 0.97, 0.99):
+        found = advantages(rewards, DECISIONS, p_region=torch.tensor([p]), sure=0.98)
+        always = advantages(rewards, DECISIONS)
+        assert found[0] == (approx([0] * 4) if p_right(p) > 0.98 else always[0]) and found[1] == always[1]
+    assert advantages(rewards, DECISIONS, sure=0.98) == always  # in free text p is not known
+
+
 def test_balanced_weighs_decisions_not_rollouts():
     # One FULL of 1, three REGION of 0: baseline .5 (group: .25), deviation .5.
     rewards, decisions = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[FULL, REGION, REGION, REGION]])

@@ -408,7 +408,8 @@ def test_flags_of_the_reward(data, scorer, settings, more, wanted):
 
 @pytest.mark.parametrize("more, wanted", [
     ((), {}), (("--no-std",), {"std": False}), (("--std-floor", "0.7"), {"std_floor": 0.7}), (("--advantage", "group"), {"mode": "group"}),
-    (("--decision-weight", "pi"), {"decision_weight": "pi", "p_region": torch.tensor([.1, .7])})])
+    (("--decision-weight", "pi"), {"decision_weight": "pi", "p_region": torch.tensor([.1, .7])}),
+    (("--sure", ".8"), {"sure": .8, "p_region": torch.tensor([.1, .7])})])
 def test_flags_of_the_advantage(settings, more, wanted):
     actions = [[Action(d, None, p, "") for d in ("FULL", "REGION", "REGION")] for p in (.1, .7)]
     totals, counts = [[1., .2, -.4], [0., .5, .1]], [[2, 1, 1], [2, 1, 1]]

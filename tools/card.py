@@ -21,7 +21,7 @@ ROWS = ("full", "random", "center", "zeroshot", "policy", "best16")
 COLUMNS = {"MRR": "MRR", "NDCG": "NDCG", "R@1": "R@1", "R@5": "R@5", "CondR@1": "CondR@1", "CondR@5": "CondR@5",
            "crop_rate": "crop %"}  # field of metrics.json: what stands above it
 # Arguments that say how a run was trained; the rest is where and how fast.
-METHOD = ("policy_dtype", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight",
+METHOD = ("policy_dtype", "max_pixels", "init_adapter", "balance", "advantage", "decision_weight", "sure",
           "std", "std_floor", "decode", "temperature", "reward", "reward_weights", "fuse", "eta", "encouragement",
           "encouragement_steps", "clip", "beta", "hold", "norm", "rank", "alpha", "dropout", "targets", "queries",
           "group", "inner_steps", "steps", "epochs", "lr", "warmup", "max_grad_norm", "seed")
