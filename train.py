@@ -316,9 +316,8 @@ def judge(actions, counts, rewards, args):
     total = torch.tensor(np.stack([earned["total"] for earned in rewards])).float()  # [B, n]
     weight = torch.tensor(counts).float()  # [B, n]
     codes = torch.tensor([[rgrpo.CODES[action.decision] for action in group] for group in actions])
-    p_region = None
-    if args.decode == "grammar":
-        p_region = torch.tensor([group[0].p_region for group in actions])  # [B]
+    known = [group[0].p_region for group in actions]
+    p_region = None if None in known else torch.tensor(known)  # [B]
     pair = rgrpo.advantages(total, codes, args.advantage, args.decision_weight, p_region, weight, args.std,
                             args.std_floor, sure=args.sure)  # Eq. 9
     return *pair, weight

@@ -254,7 +254,7 @@ def test_largest_row_is_stepped_first_and_changes_nothing(home, monkeypatch):
     what that takes says how many tokens a pass may have: 4/5 of 1 GiB at 1 MiB for the tokens of one query."""
     data, asked, passed = load_data(str(home / "data"), "train"), [], []
     args = train.parse_args(flags(home, "run", "cuda", "--dropout", "0.1", "--targets", "all", "--queries", "3",
-                                  *EXACT))
+                                  "--beta", "0", *EXACT))
     args.micro_tokens = None
     with pretend_cuda():
         policy = train.open_policy(args, None)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"rewards", "rgrpo", "scorer", "policy"}
 STAGES = {"prepare", "train", "evaluate"}
 # Lines that a file may have at the most: what people come to read stays readable in one sitting.
-SIZES = {"rewards": 200, "rgrpo": 251, "train": 854, "evaluate": 636, "prepare": 910, "policy": 1133, "scorer": 900}
+SIZES = {"rewards": 200, "rgrpo": 251, "train": 853, "evaluate": 636, "prepare": 910, "policy": 1133, "scorer": 900}
 RUN_TIME = {"torch", "transformers", "open_clip", "faiss", "PIL", "numpy",  # requirements.txt, by import name, and
             "torchvision", "safetensors", "tokenizers", "tqdm", "huggingface_hub"}  # what these bring along
 DEV = {"matplotlib", "pandas", "jinja2", "pyarrow", "peft", "trl", "wandb", "datasets"}  # of tools alone, where asked for
