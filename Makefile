@@ -9,7 +9,8 @@
 # A stage is a real file: it runs once, and again only when the stage before it made its file anew. Source files are no
 # prerequisites, on purpose: a comment mended in policy.py must not throw away a training run. After a change that
 # matters, name a new RUN or `make clean`. The same goes for the flags: SEED=1 is a run of its own by its name, any
-# other change of TRAIN_FLAGS needs its own RUN, and one of PREPARE_FLAGS or SCORER begins with rm data/evqa/manifest.json.
+# other change of TRAIN_FLAGS needs its own RUN, and one of PREPARE_FLAGS or SCORER begins with
+# rm data/$(DATASET)/manifest.json.
 
 DATASET ?= world
 WORLD := $(filter world%,$(DATASET))
@@ -147,7 +148,7 @@ $(RAW): | $(READY)
 endif
 
 $(POOLS): $(RAW) | $(READY)
-	$(PY) prepare.py --dataset $(or $(WORLD:world%=world),$(DATASET)) --root $(ROOT) --scorer $(SCORER) --out data/$(DATASET) $(PREPARE_FLAGS)
+	$(PY) prepare.py --dataset $(if $(WORLD),world,$(DATASET)) --root $(ROOT) --scorer $(SCORER) --out data/$(DATASET) $(PREPARE_FLAGS)
 
 $(TRAINED): $(POOLS) | $(READY)
 	$(PY) train.py --preset $(PRESET) --data data/$(DATASET) --policy $(POLICY) --scorer $(SCORER) --run runs/$(RUN) \
